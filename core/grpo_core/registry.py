@@ -1,0 +1,101 @@
+"""Named things that plugins add where nothing has to be negotiated."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError, PluginError
+
+KINDS = ("reward", "dataset", "tracker", "advantage", "loss")
+
+
+@dataclass(slots=True)
+class Registry:
+    """Tables of rewards, datasets, trackers, advantages and losses, each value with its plugin.
+
+    `owner` is set by the loader while a plugin registers, so that a clash names both sides.
+    """
+
+    owner: str = ""
+    tables: dict[str, dict[str, tuple[str, Any]]] = field(
+        default_factory=lambda: {kind: {} for kind in KINDS}
+    )
+
+    def _add(self, kind: str, name: str, obj: Any) -> None:
+        taken = self.tables[kind].get(name)
+        if taken is not None:
+            raise PluginError(
+                f"{kind} {name!r} is registered twice",
+                why=f"plugins {taken[0]!r} and {self.owner!r} both claim it",
+                fix="uninstall one of them or rename the entry in your own plugin",
+            )
+        self.tables[kind][name] = (self.owner, obj)
+
+    def reward(self, name: str, obj: Any) -> None:
+        """Add a reward: `(completion_text, sample) -> float | Awaitable[float]`."""
+        self._add("reward", name, obj)
+
+    def dataset(self, name: str, obj: Any) -> None:
+        """Add a dataset opener: `(spec, DataConfig) -> Sequence[Sample]`."""
+        self._add("dataset", name, obj)
+
+    def tracker(self, name: str, obj: Any) -> None:
+        """Add a tracker: `(run_dir, config) -> Tracker`."""
+        self._add("tracker", name, obj)
+
+    def advantage(self, name: str, obj: Any) -> None:
+        """Add an advantage: `(rewards_N, group_ids_N, AlgoConfig) -> advantages_N`, float64 tensors."""
+        self._add("advantage", name, obj)
+
+    def loss(self, name: str, obj: Any) -> None:
+        """Add a policy loss: see `grpo_core.algo.loss.PolicyLoss`."""
+        self._add("loss", name, obj)
+
+    def get(self, kind: str, name: str) -> Any:
+        """The object registered as `name`. Raises `ConfigError` with the nearest name otherwise."""
+        table = self.tables[kind]
+        if name in table:
+            return table[name][1]
+        near = difflib.get_close_matches(name, table, n=1)
+        raise ConfigError(
+            f"no {kind} is called {name!r}",
+            why=f"known: {', '.join(sorted(table)) or 'none'}",
+            fix=f"did you mean {near[0]!r}?" if near else f"register it through grpo_register, or use a known {kind}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command of the CLI: how its arguments are declared and what runs."""
+
+    name: str
+    help: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+@dataclass(slots=True)
+class CommandRegistry:
+    """The table of commands that `grpo_commands` fills."""
+
+    commands: dict[str, Command] = field(default_factory=dict)
+
+    def command(
+        self,
+        name: str,
+        help: str,
+        configure: Callable[[argparse.ArgumentParser], None],
+        run: Callable[[argparse.Namespace], int],
+    ) -> None:
+        """Add a command; `run` returns the exit code."""
+        if name in self.commands:
+            raise PluginError(
+                f"command {name!r} exists already",
+                why="two plugins, or a plugin and the core, claim the same name",
+                fix="rename the command in your plugin",
+            )
+        self.commands[name] = Command(name, help, configure, run)

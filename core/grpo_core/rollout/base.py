@@ -1,0 +1,65 @@
+"""The Protocol of a rollout engine, and what it is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..types import Completion, Prompt, Sampling
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..backend import Backend
+    from ..model.arch import Arch
+    from ..model.chat import Chat
+    from ..model.weights import WeightMap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSetup:
+    """What an engine gets once: the model as data, the bound ops, sizes and its own options."""
+
+    arch: Arch
+    weight_map: WeightMap
+    chat: Chat
+    """Tokenizer, chat template and stop ids."""
+    backend: Backend
+    device: torch.device
+    dtype: torch.dtype
+    model_path: str
+    max_sequences: int
+    """Sequences decoded at once."""
+    max_model_len: int
+    """Prompt and completion tokens of one sequence."""
+    options: Mapping[str, Any]
+
+
+class Rollout(Protocol):
+    """Generates completions with log-probs; takes new weights between calls."""
+
+    def __init__(self, setup: RolloutSetup) -> None: ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+        """Completions as they finish, in no fixed order. A prompt longer than max_model_len raises
+        `DataError` before anything is generated."""
+        ...
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take every weight by its Hugging Face name, in place. Raises `CheckpointError` that lists
+        missing, unknown and wrongly shaped names, before anything is changed for names and shapes."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the weights and the cache; `load_weights` or `wake` must come before `generate`."""
+        ...
+
+    def wake(self) -> None: ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Name, version, dtype, sizes and bytes held, for the plan and the run folder."""
+        ...
+
+    def close(self) -> None: ...
