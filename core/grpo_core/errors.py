@@ -43,3 +43,7 @@ class DataError(GrpoError):
 
 class RewardError(GrpoError):
     """A reward function raised, hung or returned something that is not a number."""
+
+
+class NonFiniteError(GrpoError, FloatingPointError):
+    """A loss or gradient is NaN or infinite; the weights were not changed."""

@@ -16,9 +16,11 @@ class DeviceInfo:
     type: str
     """Torch device type: "cpu", "cuda", "npu", ..."""
     vendor: str = ""
+    """Maker of the chip; "" where that says nothing."""
     name: str = ""
     """Product name as a person would say it."""
     count: int = 1
+    """Devices of this type that the process may use."""
     memory_bytes: int = 0
     """Of one device; 0 when not known without the vendor's package."""
     dtypes: frozenset[str] = frozenset({"float32"})
@@ -32,11 +34,15 @@ class Need:
     """What this model and this config ask of one op."""
 
     op: str
-    facts: Mapping[str, object] = NOTHING
+    """A known contract."""
+    facts: Mapping[str, object] = field(default_factory=lambda: NOTHING)
     """Values held against `Impl.limits`: {"dtype": "bfloat16", "head_dim": 64, ...}."""
     backward: bool = False
+    """Whether gradients must flow through it."""
     graph: bool = False
+    """Whether it must be capturable in a device graph."""
     deterministic: bool = False
+    """Whether equal inputs must give equal bits."""
     required: bool = True
     """False for an op that only makes things faster (`attention.step`): unserved is not an error."""
 
@@ -62,8 +68,11 @@ class Impl:
     when: Callable[[DeviceInfo, Need], str | None] | None = None
     """Last word: a reason to refuse, or None."""
     backward: bool = False
+    """Differentiable."""
     graph: bool = False
+    """Can be captured in a device graph."""
     deterministic: bool = False
+    """Equal inputs give equal bits."""
     rank: int = 50
     """0 reference, 50 ok, 80 fused vendor kernel."""
     contract: int = 0

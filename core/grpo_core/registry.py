@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +18,27 @@ KINDS = ("reward", "dataset", "tracker", "advantage", "loss")
 class Registry:
     """Tables of rewards, datasets, trackers, advantages and losses, each value with its plugin.
 
-    `owner` is set by the loader while a plugin registers, so that a clash names both sides.
+    `owner` is set by the loader while a plugin registers, so that a clash names both sides. A value may
+    be a "package.module:attribute" pointer, imported when it is first asked for.
     """
 
     owner: str = ""
     tables: dict[str, dict[str, tuple[str, Any]]] = field(
         default_factory=lambda: {kind: {} for kind in KINDS}
     )
+    closed: bool = False
+
+    def close(self) -> None:
+        """Take no more entries; the loader calls it when all plugins were asked."""
+        self.closed = True
 
     def _add(self, kind: str, name: str, obj: Any) -> None:
+        if self.closed:
+            raise PluginError(
+                f"{kind} {name!r} is registered too late",
+                why="the registry is closed once the plugins were loaded",
+                fix="register it in your plugin's grpo_register",
+            )
         taken = self.tables[kind].get(name)
         if taken is not None:
             raise PluginError(
@@ -59,13 +72,29 @@ class Registry:
         """The object registered as `name`. Raises `ConfigError` with the nearest name otherwise."""
         table = self.tables[kind]
         if name in table:
-            return table[name][1]
+            owner, value = table[name]
+            return _import_pointer(kind, name, owner, value) if isinstance(value, str) else value
         near = difflib.get_close_matches(name, table, n=1)
         raise ConfigError(
             f"no {kind} is called {name!r}",
             why=f"known: {', '.join(sorted(table)) or 'none'}",
             fix=f"did you mean {near[0]!r}?" if near else f"register it through grpo_register, or use a known {kind}",
         )
+
+
+def _import_pointer(kind: str, name: str, owner: str, pointer: str) -> Any:
+    module, _, path = pointer.partition(":")
+    try:
+        value: Any = importlib.import_module(module)
+        for part in path.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(
+            f"{kind} {name!r} of plugin {owner!r} cannot be imported from {pointer}",
+            why=f"{type(error).__name__}: {error}",
+            fix=f"install what it needs, or use another {kind}",
+        ) from error
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -25,7 +26,7 @@ class Sample:
     """Ground truth for a verifiable reward."""
     source: str = ""
     """Name of the dataset, for metrics by source."""
-    extra: Mapping[str, Any] = EMPTY
+    extra: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     """Any further columns of the row, for rewards."""
 
 
@@ -126,6 +127,11 @@ class Batch:
     """float32; by the trainer before the first update; None on-policy (the loss then detaches its own)."""
     ref_logprobs_L: Tensor | None = None
     """float32; by the frozen reference; None when the KL coefficient is 0."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same with every tensor on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if hasattr(getattr(self, f.name), "to")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items()})
 
 
 @dataclass(slots=True)

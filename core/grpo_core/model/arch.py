@@ -17,7 +17,7 @@ class Rope:
     theta: float
     rotary_dim: int
     """Even; the first rotary_dim of head_dim dimensions turn."""
-    scaling: Mapping[str, Any] = NO_SCALING
+    scaling: Mapping[str, Any] = field(default_factory=lambda: NO_SCALING)
     """Hugging Face `rope_scaling`: rope_type "default", "linear", "dynamic", "llama3", "yarn", "longrope"."""
     interleaved: bool = False
     max_position_embeddings: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 
@@ -27,6 +27,8 @@ class Contract:
     """Ops that this one replaces where it is chosen."""
     backward: bool = False
     """Whether the reference is differentiable."""
+    added: Mapping[str, tuple[int, object]] = field(default_factory=lambda: MappingProxyType({}))
+    """Keyword -> (version that added it, neutral value): older offers serve calls with the neutral value."""
 
 
 def _table() -> dict[str, Contract]:

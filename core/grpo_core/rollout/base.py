@@ -53,10 +53,13 @@ class Rollout(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the weights and the cache; `load_weights` or `wake` must come before `generate`."""
+        """Free the weights and the cache. `load_weights` must come before `generate`; it wakes the engine."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Take the memory again without new weights. An engine that cannot bring the old ones back (they
+        came from a trainer and it keeps no copy) raises `GrpoError` at `generate` until `load_weights`."""
+        ...
 
     def describe(self) -> Mapping[str, Any]:
         """Name, version, dtype, sizes and bytes held, for the plan and the run folder."""

@@ -1,0 +1,195 @@
+"""Scored completions as packed micro-batches: no padding, a group's prompt once."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..types import Batch, Scored
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unit:
+    """Completions that go into one micro-batch together, with the prompt that they share."""
+
+    members: tuple[int, ...]
+    """Indices into the scored completions."""
+    cost: int
+    """Packed tokens."""
+
+
+def pack(
+    scored: Sequence[Scored], *, micro_tokens: int, share_prompt: bool, device: torch.device | str
+) -> list[Batch]:
+    """Cut the completions of one mini-batch into micro-batches of at most `micro_tokens` packed tokens.
+
+    With `share_prompt` the completions of a group stay together and their prompt is one segment that they
+    attend; a group larger than the budget is split and its prompt repeated. Otherwise every completion is
+    one segment with its own prompt. A completion larger than the budget gets a micro-batch of its own.
+    A completion's last token predicts nothing, so it is a label but not an input; a completion of no
+    tokens has its place in N and nothing else. Loads are evened out, the result depends on the order of
+    `scored` alone, and the heaviest micro-batch comes first: memory that does not suffice shows at once.
+    Raises ValueError for an empty prompt, which leaves the first token without a predictor.
+    """
+    for item in scored:
+        if not item.prompt_token_ids:
+            raise ValueError(f"sample {item.sample.id!r} has a prompt of no tokens")
+    units = _units(scored, micro_tokens, share_prompt)
+    bins = [
+        ([member for unit in chosen for member in units[unit].members], sum(units[u].cost for u in chosen))
+        for chosen in balance([unit.cost for unit in units], micro_tokens)
+    ]
+    bins.sort(key=lambda members_cost: -members_cost[1])
+    return [_batch([scored[m] for m in sorted(members)], share_prompt).to(device) for members, _ in bins]
+
+
+def split_mini_batches(scored: Sequence[Scored], count: int, *, seed: int) -> list[list[Scored]]:
+    """Exactly `count` parts of whole groups, their sizes as even as groups allow.
+
+    Groups are shuffled by `seed` when there is more than one part; a part is empty when there are fewer
+    groups than parts (a data-parallel rank then waits for the others in that optimizer step).
+    """
+    if count == 1:
+        return [list(scored)]
+    groups = list(_groups(scored).values())
+    random.Random(seed).shuffle(groups)
+    return [[scored[member] for group in groups[part::count] for member in group] for part in range(count)]
+
+
+def balance(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices into `costs` in the fewest bins found with each sum within `budget`, sums evened out.
+
+    The largest item goes first, each into the lightest bin (Graham 1969, LPT), with more bins until all
+    are within the budget; an item above the budget is alone. Deterministic; no bin is empty.
+    """
+    order = sorted(range(len(costs)), key=lambda index: -costs[index])
+    count = max(1, -(-sum(costs) // max(budget, 1)))
+    while order:
+        heap = [(0, 0, b) for b in range(min(count, len(costs)))]
+        bins: list[list[int]] = [[] for _ in heap]
+        for index in order:
+            load, size, lightest = heapq.heappop(heap)
+            bins[lightest].append(index)
+            heapq.heappush(heap, (load + costs[index], size + 1, lightest))
+        if all(load <= budget or size == 1 for load, size, _ in heap):
+            return [chosen for chosen in bins if chosen]
+        count += 1
+    return []
+
+
+def _groups(scored: Sequence[Scored]) -> dict[tuple[int, tuple[int, ...]], list[int]]:
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for index, item in enumerate(scored):
+        groups.setdefault((item.completion.prompt_id, item.prompt_token_ids), []).append(index)
+    return groups
+
+
+def _inputs(item: Scored) -> int:
+    return max(len(item.completion.token_ids) - 1, 0)
+
+
+def _units(scored: Sequence[Scored], micro_tokens: int, share_prompt: bool) -> list[_Unit]:
+    if not share_prompt:
+        return [
+            _Unit(members=(index,), cost=len(item.prompt_token_ids) + _inputs(item))
+            for index, item in enumerate(scored)
+        ]
+    units: list[_Unit] = []
+    for (_, prompt), members in _groups(scored).items():
+        costs = [_inputs(scored[member]) for member in members]
+        for part in balance(costs, micro_tokens - len(prompt)):
+            units.append(
+                _Unit(
+                    members=tuple(members[i] for i in part),
+                    cost=len(prompt) + sum(costs[i] for i in part),
+                )
+            )
+    return units
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The lists that become a batch's tensors."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    bounds: list[int] = field(default_factory=lambda: [0])
+    parents: list[int] = field(default_factory=list)
+    predict: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    completion: list[int] = field(default_factory=list)
+    rollout: list[float] = field(default_factory=list)
+
+    def segment(self, token_ids: Sequence[int], *, position: int, parent: int) -> int:
+        """Append a segment; returns the index of its first token in T."""
+        first = len(self.tokens)
+        self.tokens.extend(token_ids)
+        self.positions.extend(range(position, position + len(token_ids)))
+        self.bounds.append(len(self.tokens))
+        self.parents.append(parent)
+        return first
+
+    def loss_tokens(self, item: Scored, number: int, *, before: int, after: int) -> None:
+        """Append a completion's labels: `before` predicts the first, `after` onwards the others."""
+        ids = item.completion.token_ids
+        self.predict.extend([before, *range(after, after + len(ids) - 1)][: len(ids)])
+        self.labels.extend(ids)
+        self.completion.extend([number] * len(ids))
+        self.rollout.extend(item.completion.logprobs)
+
+
+def _batch(items: Sequence[Scored], share_prompt: bool) -> Batch:
+    import torch
+
+    rows = _Rows()
+    if share_prompt:
+        _share(rows, items)
+    else:
+        _alone(rows, items)
+    lengths = [end - start for start, end in zip(rows.bounds, rows.bounds[1:], strict=False)]
+    return Batch(
+        tokens_T=torch.tensor(rows.tokens, dtype=torch.int64),
+        positions_T=torch.tensor(rows.positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor(rows.bounds, dtype=torch.int32),
+        parents_S=torch.tensor(rows.parents, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        predict_L=torch.tensor(rows.predict, dtype=torch.int64),
+        labels_L=torch.tensor(rows.labels, dtype=torch.int64),
+        completion_L=torch.tensor(rows.completion, dtype=torch.int64),
+        lengths_N=torch.tensor([len(item.completion.token_ids) for item in items], dtype=torch.int64),
+        advantages_N=torch.tensor([item.advantage for item in items], dtype=torch.float32),
+        rollout_logprobs_L=torch.tensor(rows.rollout, dtype=torch.float32),
+    )
+
+
+def _share(rows: _Rows, items: Sequence[Scored]) -> None:
+    """Each group as its prompt's segment and one of each completion; N stays in the order of `items`."""
+    where: dict[int, tuple[int, int]] = {}
+    for members in _groups(items).values():
+        prompt = items[members[0]].prompt_token_ids
+        parent = len(rows.parents)
+        before = rows.segment(prompt, position=0, parent=-1) + len(prompt) - 1
+        for member in members:
+            inputs = items[member].completion.token_ids[:-1]
+            after = before + 1
+            if inputs:
+                after = rows.segment(inputs, position=len(prompt), parent=parent)
+            where[member] = (before, after)
+    for number, item in enumerate(items):
+        before, after = where[number]
+        rows.loss_tokens(item, number, before=before, after=after)
+
+
+def _alone(rows: _Rows, items: Sequence[Scored]) -> None:
+    """Each completion with its own prompt as one segment."""
+    for number, item in enumerate(items):
+        prompt = item.prompt_token_ids
+        first = rows.segment((*prompt, *item.completion.token_ids[:-1]), position=0, parent=-1)
+        after = first + len(prompt)
+        rows.loss_tokens(item, number, before=after - 1, after=after)

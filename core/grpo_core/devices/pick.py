@@ -1,0 +1,74 @@
+"""Choosing the device of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, PluginError
+from ..impl import DeviceInfo
+from ..plugin_checks import did_you_mean
+from ..plugins import Raised, attempt, broken_plugins
+from .base import Device, Probe
+
+if TYPE_CHECKING:
+    from ..catalogue import Catalogue
+
+AUTO = "auto"
+HOST = "cpu"
+
+
+def probe(device: Device) -> Probe:
+    """What a device's probe says; one that raises counts as not found, with that reason."""
+    said = attempt(device.probe)
+    if isinstance(said, Probe):
+        return said
+    reason = (
+        f"its probe raised {said}"
+        if isinstance(said, Raised)
+        else f"its probe returned {said!r}, not a Probe"
+    )
+    return Probe(found=False, reason=reason, info=DeviceInfo(type=device.type))
+
+
+def pick_device(name: str, catalogue: Catalogue) -> tuple[Device, DeviceInfo]:
+    """The device called `name` (or of that torch type); "auto" is the best found one, else the CPU.
+
+    The best has the most memory over all its devices; ties go to the first by name. Raises `ConfigError`
+    for an unknown name and `PluginError` for a device that is not here, listing what is.
+    """
+    if name == AUTO:
+        return _best(catalogue)
+    matching = [device for device in catalogue.devices.values() if name in (device.name, device.type)]
+    if not matching:
+        known = sorted(catalogue.devices)
+        broken = broken_plugins(catalogue)
+        raise ConfigError(
+            f"there is no device {name!r}{did_you_mean(name, [AUTO, *known])}",
+            why=f"installed plugins know {', '.join(known)}" + (f"; broken: {broken}" if broken else ""),
+            fix=f"set device to auto or one of {', '.join(known)}, or install a plugin for {name!r}",
+        )
+    probes = [(device, probe(device)) for device in matching]
+    for device, said in probes:
+        if said.found:
+            return device, said.info
+    raise PluginError(
+        f"device {name!r} was asked for but is not here",
+        why="; ".join(said.reason for _, said in probes) + f". Found: {_found(catalogue)}",
+        fix="set device to one that was found, or to auto; `grpo doctor` shows all probes",
+    )
+
+
+def _best(catalogue: Catalogue) -> tuple[Device, DeviceInfo]:
+    found = []
+    for _, device in sorted(catalogue.devices.items()):
+        said = probe(device)
+        if said.found and device.type != HOST:
+            found.append((device, said.info))
+    if found:
+        return max(found, key=lambda pair: pair[1].count * pair[1].memory_bytes)
+    return pick_device(HOST, catalogue)
+
+
+def _found(catalogue: Catalogue) -> str:
+    probes = {name: probe(device) for name, device in sorted(catalogue.devices.items())}
+    return ", ".join(f"{name} ({said.info.name})" for name, said in probes.items() if said.found) or "none"

@@ -1,0 +1,203 @@
+"""Reading and writing weights in Hugging Face layout: safetensors, single or sharded, with config.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .weights import WeightMap
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 4 * 2**30
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""What a model folder holds besides weights and config.json."""
+AGAIN = "download or save the model again"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, all of them present.
+
+    Raises `CheckpointError` for a folder without any, an index that cannot be read, or a missing shard.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not index.is_file():
+        found = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+        raise CheckpointError(
+            f"{folder} holds no weights",
+            why=f"there is neither {SINGLE} nor {INDEX}" + (f", only {', '.join(found)}" if found else ""),
+            fix="convert the weights to safetensors (save_pretrained of transformers does)"
+            if found
+            else AGAIN,
+        )
+    names = sorted(set(_weight_map(index).values()))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{folder} is incomplete",
+            why=f"{INDEX} names {len(names)} shards, of which these are missing: {', '.join(absent)}",
+            fix=AGAIN,
+        )
+    return [folder / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in table.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read", why=repr(error), fix=AGAIN) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as raw:
+            pointer = raw.read(40).startswith(b"version https://git-lfs")
+        raise CheckpointError(
+            f"{path} is damaged",
+            why="it is a git-lfs pointer, not the file"
+            if pointer
+            else f"{error} (a download that was cut off?)",
+            fix="run `git lfs pull` in the folder" if pointer else AGAIN,
+        ) from error
+
+
+def read_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor, from the headers alone. Raises as `read_tensors`."""
+    for path in _checked_shards(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a mapping)
+                yield name, tuple(file.get_slice(name).get_shape())
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the CPU) of every tensor, one in memory at a time.
+
+    Raises `CheckpointError` for a folder without safetensors, a missing, truncated or otherwise damaged
+    shard, and an index that promises a tensor which its shard does not hold; all before the first tensor.
+    """
+    for path in _checked_shards(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def _checked_shards(folder: Path) -> list[Path]:
+    paths = shard_files(folder)
+    held: dict[str, set[str]] = {}
+    for path in paths:
+        with _opened(path) as file:
+            held[path.name] = set(file.keys())
+    if paths and paths[0].name != SINGLE:
+        broken = [n for n, shard in _weight_map(folder / INDEX).items() if n not in held[shard]]
+        if broken:
+            raise CheckpointError(
+                f"{folder} is incomplete",
+                why=f"{INDEX} promises {len(broken)} tensors that are not in their shards, {broken[0]} first",
+                fix=AGAIN,
+            )
+    return paths
+
+
+def load_checkpoint(folder: Path, weight_map: WeightMap, into: Mapping[str, Tensor]) -> None:
+    """Fill neutral parameters from a model folder; names and shapes are checked before any is changed.
+
+    Raises `CheckpointError` as `read_tensors` and `WeightMap.load` do.
+    """
+    weight_map.check(read_shapes(folder))
+    weight_map.load(read_tensors(folder), into)
+
+
+def write_checkpoint(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], hf_config: Mapping[str, Any], *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write weights and config.json so that transformers loads them; weights of an earlier write go.
+
+    At most one shard is copied to host memory at a time. The config's dtype becomes that of the weights,
+    under the name that transformers 4 and 5 both read. Files appear under their names only when complete.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[tuple[Path, dict[str, int]]] = []
+    dtypes: dict[torch.dtype, int] = {}
+    for shard in _shards(tensors, max_shard_bytes):
+        part = folder / f".part-{len(parts):05d}.safetensors"
+        save_file(shard, str(part), metadata={"format": "pt"})
+        parts.append((part, {name: tensor.nbytes for name, tensor in shard.items()}))
+        for tensor in shard.values():
+            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel()
+    if not parts:
+        raise CheckpointError(
+            f"nothing to write to {folder}", why="no tensor was given", fix="report this as a bug"
+        )
+    for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
+        stale.unlink(missing_ok=True)
+    _name_parts(folder, parts)
+    config = {key: value for key, value in hf_config.items() if key not in ("dtype", "_name_or_path")}
+    config["torch_dtype"] = str(max(dtypes, key=lambda dtype: dtypes[dtype])).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > limit:
+            yield shard
+            shard, held = {}, 0
+        # A copy: the source may be a view that its owner overwrites, or lie on a device.
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        held += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _name_parts(folder: Path, parts: list[tuple[Path, dict[str, int]]]) -> None:
+    if len(parts) == 1:
+        os.replace(parts[0][0], folder / SINGLE)
+        return
+    weight_map = {}
+    for number, (part, sizes) in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        os.replace(part, folder / name)
+        weight_map.update(dict.fromkeys(sizes, name))
+    total = sum(size for _, sizes in parts for size in sizes.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is never seen half written."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def copy_side_files(source: Path, folder: Path) -> list[str]:
+    """Copy tokenizer, chat template and generation config where they exist; returns the names copied."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [name for name in SIDE_FILES if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, folder / name)
+    return found

@@ -1,0 +1,115 @@
+"""From a configuration to a plan: everything that is decided before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .catalogue import Catalogue
+from .config import Config
+from .config_loader import LoadedConfig, merge_recipe
+from .devices.base import Device
+from .devices.pick import pick_device
+from .errors import CheckpointError, ConfigError
+from .impl import DeviceInfo
+from .model.arch import Arch
+from .model.plugin import ModelPlugin
+from .model.source import resolve_model
+from .needs import RunFacts, facts_of, needs_of
+from .plan import Plan
+from .plugins import load
+from .resolve import replay, resolve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """A run whose every op has its implementation, nothing of it imported yet."""
+
+    loaded: LoadedConfig
+    catalogue: Catalogue
+    model_path: Path
+    family: ModelPlugin
+    arch: Arch
+    device: Device
+    info: DeviceInfo
+    facts: RunFacts
+    plan: Plan
+
+    @property
+    def config(self) -> Config:
+        """The settings with the family's recipe below them."""
+        return self.loaded.config
+
+
+def plan_run(loaded: LoadedConfig, *, earlier: Plan | None = None, world: int = 1) -> PlannedRun:
+    """Plan a run; with `earlier` every op is pinned to that plan's choice.
+
+    Raises the `GrpoError` of whatever does not fit: model, family, device, op or pin.
+    """
+    config = loaded.config
+    one_device(config)
+    catalogue = load(off=config.plugins_off)
+    device, info = pick_device(config.device, catalogue)
+    model_path = resolve_model(config.model)
+    hf_config = read_hf_config(model_path)
+    family = catalogue.model_plugin_for(hf_config.get("architectures") or ())
+    arch = family.arch(hf_config)
+    loaded = merge_recipe(loaded, family.recipe(device.name, world))
+    facts = facts_of(loaded.config, info, world=world)
+    needs, pins = needs_of(arch, facts), dict(loaded.config.ops)
+    for op, engine in (("engine.rollout", loaded.config.rollout.engine), ("engine.train", loaded.config.train.engine)):
+        pins.setdefault(op, engine_pin(catalogue, op, engine))
+    if earlier is None:
+        plan = resolve(needs, catalogue, info, pins=pins, fallback=loaded.config.fallback)
+    else:
+        plan = replay(earlier, needs, catalogue, info, pins=pins)
+    return PlannedRun(
+        loaded=loaded, catalogue=catalogue, model_path=model_path, family=family, arch=arch, device=device,
+        info=info, facts=facts, plan=plan,
+    )  # fmt: skip
+
+
+def engine_pin(catalogue: Catalogue, op: str, engine: str) -> str:
+    """The offer id of an engine given by its name ("native") or its id ("core:native")."""
+    offers = catalogue.offers.get(op, ())
+    named = [offer.id for offer in offers if engine in (offer.impl.name, offer.id)]
+    if len(named) == 1:
+        return named[0]
+    key = op.replace("engine.", "") + ".engine"
+    raise ConfigError(
+        f"{key} {engine!r} {'is offered by several plugins' if named else 'is not installed'}",
+        why=f"offered: {', '.join(named or [offer.id for offer in offers])}",
+        fix=f"set {key} to one of them",
+    )
+
+
+def one_device(config: Config) -> None:
+    """Refuse roles on different devices, which need one process each."""
+    named = {name for name in (config.roles.rollout, config.roles.train) if name}
+    if named - {config.device}:
+        raise ConfigError(
+            "roles on different devices cannot run yet",
+            why="a process drives one kind of accelerator, and this release runs one process",
+            fix="remove `roles`, or set both to the value of `device`",
+        )
+
+
+def read_hf_config(folder: Path) -> Mapping[str, Any]:
+    """config.json of a Hugging Face folder. Raises `CheckpointError` when it is absent or not JSON."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read",
+            why=str(error),
+            fix="give `model:` a folder in Hugging Face layout, with config.json and *.safetensors",
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} is not a model's configuration", why="it is not a JSON object", fix="download the model again"
+        )
+    return content

@@ -1,0 +1,186 @@
+"""What a person sees while a run goes on: a live table on a terminal, one line a step elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROWS = 12
+PHASES = ("rollout", "reward", "logprob", "train", "sync")
+
+
+class Progress(Protocol):
+    """Shows the metrics of steps."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`step` steps are done; `metrics` are those of the last one."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A line that stays: an evaluation, a checkpoint, a warning."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_progress(total: int, *, first_step: int = 0, stream: TextIO | None = None) -> Progress:
+    """A live table when `stream` (stdout) is a terminal, else plain lines. `total` is of the whole run."""
+    out = stream if stream is not None else sys.stdout
+    if out.isatty():
+        return LiveTable(total, out)
+    return PlainLines(total, out)
+
+
+class PlainLines:
+    """One line a step, flushed, fit for a log file."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        self._total = total
+        self._stream = stream
+        self._reward: float | None = None
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the step's line."""
+        print(plain_line(step, self._total, metrics, self._reward), file=self._stream, flush=True)
+        self._reward = metrics.get("reward/mean", self._reward)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+class LiveTable:
+    """The last steps, redrawn in place."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._total = total
+        self._rows: deque[tuple[int, Mapping[str, float], float | None]] = deque(maxlen=ROWS)
+        self._reward: float | None = None
+        self._seconds: deque[float] = deque(maxlen=20)
+        self._last = time.monotonic()
+        self._live = Live(console=Console(file=stream), auto_refresh=False, transient=False)
+        self._live.start()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the step's row."""
+        now = time.monotonic()
+        self._seconds.append(now - self._last)
+        self._last = now
+        self._rows.append((step, metrics, self._reward))
+        self._reward = metrics.get("reward/mean", self._reward)
+        left = (self._total - step) * sum(self._seconds) / len(self._seconds)
+        self._live.update(table(list(self._rows), self._total, left), refresh=True)
+
+    def note(self, text: str) -> None:
+        """Print a line above the table."""
+        from rich.text import Text
+
+        self._live.console.print(Text(text))
+
+    def close(self) -> None:
+        """Leave the last table on the screen."""
+        self._live.stop()
+
+
+COLUMNS = ("step", "reward", "length", "entropy", "clip", "gap", "grad", "rollout", "train", "time", "")
+
+
+def table(rows: list[tuple[int, Mapping[str, float], float | None]], total: int, left: float) -> Table:
+    """The table of (step, metrics, reward of the step before); `left` in seconds."""
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = f"{rows[-1][0]}/{total} steps, about {duration(left)} left" if rows else ""
+    made = Table(caption=caption, caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in COLUMNS:
+        made.add_column(Text(name, style="dim"), justify="right" if name else "left", no_wrap=True)
+    for step, m, before in rows:
+        reward = Text(number(m, "reward/mean", "{:.3f}"))
+        delta = change(m.get("reward/mean"), before)
+        reward.append(f" {delta}", style="green" if delta.startswith("+") else "red")
+        made.add_row(
+            str(step),
+            reward,
+            number(m, "length/mean", "{:.0f}"),
+            number(m, "policy/entropy", "{:.2f}"),
+            number(m, "policy/clip_fraction", "{:.1%}"),
+            number(m, "mismatch/logprob_gap_mean", "{:.4f}"),
+            number(m, "policy/grad_norm", "{:.2f}"),
+            rate(m.get("throughput/rollout_tokens_per_s")),
+            rate(m.get("throughput/train_tokens_per_s")),
+            number(m, "time/step", "{:.1f} s"),
+            split(m),
+        )
+    return made
+
+
+def split(metrics: Mapping[str, float]) -> str:
+    """Shares of the phases in a step's time, the large ones: "rollout 61% train 35%"."""
+    total = metrics.get("time/step", 0.0)
+    if not total > 0:
+        return ""
+    shares = [(name, metrics.get(f"time/{name}", 0.0) / total) for name in PHASES]
+    return " ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.05)
+
+
+def plain_line(step: int, total: int, metrics: Mapping[str, float], before: float | None) -> str:
+    """One step as one line; metrics that are absent are left out."""
+    parts = [f"step {step}/{total}"]
+    if "reward/mean" in metrics:
+        delta = change(metrics["reward/mean"], before)
+        parts.append(f"reward {metrics['reward/mean']:.2f}" + (f" {delta}" if delta else ""))
+    for key, label, form in (
+        ("length/mean", "len", "{:.0f}"),
+        ("policy/entropy", "entropy", "{:.2f}"),
+        ("policy/clip_fraction", "clip", "{:.1%}"),
+        ("mismatch/logprob_gap_mean", "gap", "{:.3g}"),
+        ("policy/grad_norm", "grad", "{:.2f}"),
+    ):
+        if key in metrics:
+            parts.append(f"{label} {form.format(metrics[key])}")
+    for name in ("rollout", "train"):
+        if f"throughput/{name}_tokens_per_s" in metrics:
+            parts.append(f"{name} {rate(metrics[f'throughput/{name}_tokens_per_s'])} tok/s")
+    if "time/step" in metrics:
+        parts.append(f"{metrics['time/step']:.1f} s")
+    return "  ".join(parts)
+
+
+def number(metrics: Mapping[str, float], key: str, form: str) -> str:
+    """A metric in its format, a dash when it is absent."""
+    return form.format(metrics[key]) if key in metrics else "-"
+
+
+def change(value: float | None, before: float | None) -> str:
+    """The change as "+0.02"; empty for the first step."""
+    return "" if value is None or before is None else f"{value - before:+.2f}"
+
+
+def rate(value: float | None) -> str:
+    """Tokens per second as 950, 3.1k, 2.4M."""
+    if value is None:
+        return "-"
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 12 min, 3 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

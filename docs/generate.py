@@ -1,0 +1,234 @@
+"""Write the pages that follow from the code: configuration.md and hooks.md.
+
+    python docs/generate.py            write them
+    python docs/generate.py --check    exit 1 when they are not up to date
+
+Descriptions are the docstrings under the fields, so they are said once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from grpo_core import config, hookspecs, impl
+from grpo_core.ops.contract import CONTRACTS, Contract
+
+DOCS = Path(__file__).parent
+BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+NOTE = "<!-- Written by docs/generate.py; edit the docstrings instead. -->\n"
+
+
+def attribute_docs(module: Any) -> dict[str, dict[str, str]]:
+    """Class name -> attribute -> the docstring below it, on one line."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        table = found.setdefault(node.name, {})
+        for field, after in zip(node.body, node.body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                table[field.target.id] = " ".join(str(after.value.value).split())
+    return found
+
+
+def type_text(annotation: Any) -> str:
+    """A type as a person writes it in YAML."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in args)
+    if origin is list:
+        return f"list of {type_text(args[0])}"
+    if origin is dict:
+        return "mapping" if args[1] is Any else f"mapping to {type_text(args[1])}"
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def bounds_text(field: FieldInfo) -> str:
+    """The limits of a number, e.g. ">= 0, < 1"."""
+    parts = [
+        f"{sign} {getattr(item, name)}"
+        for name, sign in BOUNDS
+        for item in field.metadata
+        if getattr(item, name, None) is not None
+    ]
+    return ", ".join(parts)
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as YAML would have it, or "required"."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value in ("", [], {}):
+        return "empty"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def cell(text: str) -> str:
+    """Text that is safe in a table, and whose <names> are not taken for HTML."""
+    outside = "`".join(
+        part if index % 2 else part.replace("<", "\\<") for index, part in enumerate(text.split("`"))
+    )
+    return outside.replace("|", "\\|")
+
+
+def section_table(model: type[BaseModel], prefix: str, docs: dict[str, dict[str, str]]) -> list[str]:
+    """The rows of one section's settings; sections within it get tables of their own."""
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        if section_of(field.annotation) is not None:
+            continue
+        kind = ", ".join(part for part in (type_text(field.annotation), bounds_text(field)) if part)
+        meaning = docs[model.__name__].get(name, "")
+        rows.append(f"| `{prefix}{name}` | {cell(kind)} | {cell(default_text(field))} | {cell(meaning)} |")
+    return rows
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model class behind `Section` or `list[Section]`, else None."""
+    if get_origin(annotation) is list:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def configuration_page() -> str:
+    """docs/configuration.md"""
+    docs = attribute_docs(config)
+    head = (DOCS / "parts" / "configuration.md").read_text()
+    lines = [NOTE, head, "## Top level\n", *section_table(config.Config, "", docs)]
+    for name, field in config.Config.model_fields.items():
+        model = section_of(field.annotation)
+        if model is None:
+            continue
+        many = get_origin(field.annotation) is list
+        lines += [f"\n## `{name}`\n"]
+        if many:
+            lines += ["A list; each entry has:\n"]
+        if model.__doc__ and model is not BaseModel and model.__doc__ != BaseModel.__doc__:
+            lines += [" ".join(model.__doc__.split()) + "\n"]
+        lines += section_table(model, f"{name}[]." if many else f"{name}.", docs)
+    return "\n".join(lines) + "\n"
+
+
+def signature_text(contract: Contract) -> str:
+    """The call of a function op, or the public methods of a class op."""
+    module, _, name = contract.protocol.partition(":")
+    protocol = getattr(importlib.import_module(module), name)
+    if contract.kind == "function":
+        return f"{contract.op}{method_text(protocol.__call__)}"
+    lines = [f"class {name}:"]
+    for label, member in vars(protocol).items():
+        own = inspect.isfunction(member) and member.__qualname__ == f"{name}.{label}"
+        if not own or (label.startswith("_") and label not in ("__init__", "__call__")):
+            continue
+        text = inspect.getdoc(member) if member.__doc__ else None
+        lines.append(f"    def {label}{method_text(member)}")
+        lines += [f"        {line}".rstrip() for line in (text or "").splitlines()]
+    return "\n".join(lines)
+
+
+def method_text(function: Any) -> str:
+    """A signature without `self`, annotations as written."""
+    sig = inspect.signature(function)
+    kept = [p for p in sig.parameters.values() if p.name != "self"]
+    return str(sig.replace(parameters=kept)).replace("'", "")
+
+
+def contract_section(contract: Contract) -> list[str]:
+    """One op: its hook, its call and its specification."""
+    module, _, name = contract.protocol.partition(":")
+    protocol = getattr(importlib.import_module(module), name)
+    texts = [inspect.getdoc(protocol) or ""]
+    if contract.kind == "function":
+        texts.append(inspect.getdoc(protocol.__call__) or "")
+    facts = [f"hook `grpo_{contract.hook}`", f"version {contract.version}"]
+    if contract.backward:
+        facts.append("differentiable")
+    if contract.covers:
+        facts.append("replaces " + ", ".join(f"`{op}`" for op in contract.covers))
+    facts.append(
+        f"specification `{contract.reference}`" if contract.reference else "optional: a speed-up only"
+    )
+    body = ["```python", signature_text(contract), "```", ""]
+    return [
+        f"### `{contract.op}`\n",
+        "; ".join(facts) + ".\n",
+        *body,
+        *[text + "\n" for text in texts if text],
+    ]
+
+
+def hooks_page() -> str:
+    """docs/hooks.md"""
+    lines = [
+        NOTE,
+        (DOCS / "parts" / "hooks.md").read_text(),
+        "## The hooks\n",
+        "| hook | what it is |",
+        "| --- | --- |",
+    ]
+    for name, function in vars(hookspecs).items():
+        if name.startswith("grpo_"):
+            arguments = ", ".join(inspect.signature(function).parameters)
+            lines.append(f"| `{name}({arguments})` | {cell(' '.join((function.__doc__ or '').split()))} |")
+    lines += ["\n## The records\n"]
+    docs = attribute_docs(impl)
+    for model in (impl.Impl, impl.Need, impl.DeviceInfo):
+        lines += [
+            f"### `{model.__name__}`\n",
+            (model.__doc__ or "") + "\n",
+            "| field | meaning |",
+            "| --- | --- |",
+        ]
+        lines += [
+            f"| {cell(f'`{name}: {field.type}`')} | {cell(docs[model.__name__].get(name, ''))} |"
+            for name, field in model.__dataclass_fields__.items()
+        ]
+        lines.append("")
+    lines += ["## The ops\n"]
+    for contract in CONTRACTS.values():
+        lines += contract_section(contract)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+PAGES = {"configuration.md": configuration_page, "hooks.md": hooks_page}
+
+
+def stale() -> list[str]:
+    """Pages whose file is not what the code says now."""
+    return [
+        name
+        for name, page in PAGES.items()
+        if not (DOCS / name).is_file() or (DOCS / name).read_text() != page()
+    ]
+
+
+def main() -> int:
+    """Write or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        old = stale()
+        for name in old:
+            print(f"docs/{name} is not up to date: run `python docs/generate.py`", file=sys.stderr)
+        return 1 if old else 0
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page())
+        print(f"docs/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

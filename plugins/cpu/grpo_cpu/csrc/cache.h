@@ -1,0 +1,68 @@
+// Where the tokens of a slot lie in the paged cache.
+#pragma once
+#include <vector>
+
+#include "attend.h"
+#include "kernels.h"
+
+namespace grpo {
+
+struct SlotView {
+  int64_t used, shared, owner;
+  const int32_t *starts, *blocks;
+};
+
+static inline SlotView slot_view(const CacheView& c, int64_t slot) {
+  const int32_t* row = c.table + slot * (2 * c.width + 4);
+  return {row[0], row[1], row[2], row + 3, row + 4 + c.width};
+}
+
+static inline int64_t owner(const CacheView& c, int64_t slot) { return slot_view(c, slot).owner; }
+
+struct Place {
+  int64_t block, offset;  // block of the storage, token within it
+};
+
+// The place of `position` in the slot's own blocks; block -1: no room there, or shared with the parent.
+static inline Place find(const CacheView& c, int64_t slot, int64_t position) {
+  const SlotView s = slot_view(c, slot);
+  if (s.shared >= s.used || position < s.starts[s.shared] || position >= s.starts[s.used]) return {-1, 0};
+  const int64_t at = position - s.starts[s.shared];
+  return {s.blocks[s.shared + at / BLOCK], at % BLOCK};
+}
+
+static inline bf16* key_block(const CacheView& c, int64_t block, int64_t head) {
+  return c.k + (block * c.kv_heads + head) * BLOCK * c.d;
+}
+
+static inline bf16* value_block(const CacheView& c, int64_t block, int64_t head) {
+  return c.v + (block * c.kv_heads + head) * BLOCK * c.e;
+}
+
+static inline void put_key(const CacheView& c, const Place& at, int64_t head, const bf16* k) {
+  bf16* out = key_block(c, at.block, head) + 2 * at.offset;
+  for (int64_t i = 0; i < c.d / 2; ++i) std::memcpy(out + i * 2 * BLOCK, k + 2 * i, 4);
+}
+
+// Masked stores: the other half of each pair may be written by another thread at the same time.
+static inline void put_value(const CacheView& c, const Place& at, int64_t head, const bf16* v) {
+  bf16* out = value_block(c, at.block, head) + at.offset / 2 * 2 * c.e;
+  const bool odd = at.offset % 2;
+  for (int64_t i = 0; i < c.e; i += 16) {
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + i)));
+    if (odd) x = _mm512_slli_epi32(x, 16);
+    _mm512_mask_storeu_epi16(out + 2 * i, odd ? 0xAAAAAAAAu : 0x55555555u, x);
+  }
+}
+
+// The blocks that hold positions 0..length-1 of a slot.
+static inline void gather_blocks(const CacheView& c, int64_t slot, int64_t head, int64_t length,
+                                 std::vector<KeyBlock>& out) {
+  const SlotView s = slot_view(c, slot);
+  out.clear();
+  for (int64_t b = 0; b < s.used && s.starts[b] < length; ++b)
+    out.push_back({key_block(c, s.blocks[b], head), value_block(c, s.blocks[b], head), s.starts[b],
+                   std::min<int64_t>(s.starts[b + 1], length) - s.starts[b]});
+}
+
+}  // namespace grpo

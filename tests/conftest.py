@@ -1,0 +1,76 @@
+"""A tiny model with a character tokenizer and a config that trains it in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+CHARACTERS = list("0123456789+-*/= ?.,abcdefghijklmnopqrstuvwxyz")
+
+
+def write_tiny_model(folder: Path, *, hidden: int = 64, layers: int = 2) -> Path:
+    """A randomly initialised Qwen2 with a tokenizer of one token a character."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    vocab = {c: i for i, c in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(vocab), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_additions(path: Path) -> Path:
+    """One-digit additions as JSON lines."""
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Qwen2 checkpoint."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, tmp_path: Path) -> Path:
+    """A config file that trains the tiny model for four steps."""
+    data = write_additions(tmp_path / "additions.jsonl")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""model: {tiny_model}
+device: cpu
+data:
+  train: {data}
+rewards:
+  - name: exact
+algo:
+  group_size: 4
+rollout:
+  prompts: 4
+  max_tokens: 6
+train:
+  steps: 4
+  lr: 1e-3
+  dtype: float32
+run:
+  dir: {tmp_path}/run
+  save_every: 1
+  threads: 1
+"""
+    )
+    return path

@@ -1,0 +1,102 @@
+"""A killed run that is resumed gives the metrics and weights of a run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TIMES = ("time/", "throughput/", "memory/")
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "grpo_core.cli.main", "train", *arguments], capture_output=True, text=True
+    )
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMES)} for line in lines]
+
+
+def weights(run: Path) -> bytes:
+    return (sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors").read_bytes()
+
+
+# A tracker cannot stop the clock where a phase is, so the child kills itself from inside the phase.
+KILLER = """
+import os, signal, sys
+from grpo_core import loop
+from grpo_core.train import trainer
+from grpo_core import checkpoint
+phase, recipe = sys.argv[1:3]
+calls = 0
+
+def die(original, at):
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    return wrapped
+
+if phase == "rollout":
+    loop.score = die(loop.score, 3)
+elif phase == "training":
+    trainer.NativeTrainer.step = die(trainer.NativeTrainer.step, 3)
+else:
+    checkpoint._flush = die(checkpoint._flush, 3)
+from grpo_core.cli.main import main
+sys.exit(main(["train", recipe]))
+"""
+
+
+@pytest.mark.parametrize("phase", ["rollout", "training", "saving"])
+def test_sigkill_then_resume_equals_the_unbroken_run(phase: str, tiny_recipe: Path, tmp_path: Path) -> None:
+    unbroken = train(str(tiny_recipe), f"run.dir={tmp_path}/unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr
+    killed = subprocess.run([sys.executable, "-c", KILLER, phase, str(tiny_recipe)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = train("--resume", str(tmp_path / "run"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
+    assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
+
+
+def test_sigkill_from_outside_at_any_moment(tiny_recipe: Path, tmp_path: Path) -> None:
+    unbroken = train(str(tiny_recipe), f"run.dir={tmp_path}/unbroken", "train.steps=12")
+    assert unbroken.returncode == 0, unbroken.stderr
+    child = subprocess.Popen(
+        [sys.executable, "-m", "grpo_core.cli.main", "train", str(tiny_recipe), "train.steps=12"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while child.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.005)
+    assert child.poll() is None, "the run ended before it could be killed"
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    resumed = train("--resume", str(tmp_path / "run"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
+    assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
+
+
+def test_checkpoint_loads_in_transformers(tiny_recipe: Path, tmp_path: Path) -> None:
+    done = train(str(tiny_recipe))
+    assert done.returncode == 0, done.stderr
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("3+4=", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
