@@ -25,7 +25,7 @@ def settings(job: Job, overrides: list[str]) -> PlannedRun:
     """The planned run of a job; `overrides` are further `key=value` settings."""
     tree: dict[str, Any] = {
         "model": job.model,
-        "data": {"train": job.data, "shuffle": False},
+        "data": {"train": job.data, "shuffle": False, "options": {"plain": True}},
         "rewards": [{"name": "number"}],
         "algo": {"group_size": job.group},
         "rollout": {
@@ -59,7 +59,9 @@ def one_step(parts: loop.Parts, step: int) -> dict[str, float]:
 
 def main() -> int:
     """Run the job."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_job_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()

@@ -24,7 +24,9 @@ from common import Job, add_job_arguments, emit, job_from, record
 
 def arguments() -> argparse.Namespace:
     """The job and TRL's own settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_job_arguments(parser)
     parser.add_argument("--attn", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--micro", type=int, default=0, help="completions of one pass; 0 is all of the step")
@@ -114,8 +116,8 @@ def build(job: Job, args: argparse.Namespace, clock: Clock) -> Any:
             clock.lap()
 
     trainer = GRPOTrainer(
-        model=model, reward_funcs=last_number_reward, args=config, train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer, callbacks=[Laps()],
+        model=model, reward_funcs=last_number_reward, args=config, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows), callbacks=[Laps()],
     )  # fmt: skip
     for phase, owner, name in (
         ("rollout", trainer, "_generate"),

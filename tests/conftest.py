@@ -56,6 +56,7 @@ def tiny_recipe(tiny_model: Path, tmp_path: Path) -> Path:
 device: cpu
 data:
   train: {data}
+  options: {{plain: true}}
 rewards:
   - name: exact
 algo:

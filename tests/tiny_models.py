@@ -72,7 +72,9 @@ def random_sequences(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[
     return [torch.randint(vocab, (length,), generator=generator) for length in lengths]
 
 
-def packed_hidden(decoder: Decoder, sequences: Sequence[torch.Tensor], *, recompute: bool = False) -> torch.Tensor:
+def packed_hidden(
+    decoder: Decoder, sequences: Sequence[torch.Tensor], *, recompute: bool = False
+) -> torch.Tensor:
     """Hidden states [T, C] of the sequences packed one after the other."""
     import torch
 

@@ -165,14 +165,13 @@ def score(
 ) -> list[Scored]:
     """Completions with their rewards; the reward is the weighted sum."""
     pairs = [(completion.text, questions[completion.prompt_id].sample) for completion in completions]
-    weights = {reward.name: reward.weight for reward in parts.config.rewards}
     return [
         Scored(
             sample=questions[completion.prompt_id].sample,
             prompt_token_ids=questions[completion.prompt_id].token_ids,
             completion=completion,
             rewards=rewards,
-            reward=sum(weights[name] * value for name, value in rewards.items()),
+            reward=parts.rewards.total(rewards),
         )
         for completion, rewards in zip(completions, parts.rewards.score(pairs), strict=True)
     ]

@@ -18,7 +18,7 @@ import pluggy
 
 from . import hookspecs
 from .catalogue import Catalogue, Failure, Offer, PluginInfo
-from .errors import ConfigError, PluginError
+from .errors import ConfigError
 from .ops.contract import CONTRACTS, Contract
 from .plugin_checks import device_problem, did_you_mean, impl_problem, model_problem
 from .registry import Command, CommandRegistry, Registry
@@ -189,7 +189,7 @@ def _load_one(entry: _Entry, tables: _Tables) -> None:
     manager.add_hookspecs(hookspecs)
     outcome = attempt(lambda: manager.register(plugin, name=entry.name))
     if isinstance(outcome, Raised):
-        fix = f"install versions of {entry.distribution} and grpo-core that fit, or set plugins_off: [{entry.name}]"
+        fix = f"update {entry.distribution} or grpo-core, or set plugins_off: [{entry.name}]"
         tables.fail(entry, "register", outcome, fix)
         return
     asked = _usable_hooks(entry, manager, plugin, tables)
@@ -246,15 +246,20 @@ def _ask(entry: _Entry, hook: str, implementation: pluggy.HookImpl, tables: _Tab
     if hook == "grpo_commands":
         _ask_commands(entry, implementation, tables)
         return
-    answers = attempt(lambda: list(implementation.function()))
+    answers = attempt(lambda: _listed(implementation.function()))
     if isinstance(answers, Raised):
-        tables.fail(entry, hook, f"raised while answering: {answers}" if answers.trace else answers)
+        tables.fail(entry, hook, answers)
         return
     take = {"grpo_devices": _take_device, "grpo_models": _take_model}.get(hook, _take_offer)
     for answer in answers:
         problem = take(entry, hook, answer, tables)
         if problem:
             tables.fail(entry, hook, problem)
+
+
+def _listed(answer: Any) -> list[object]:
+    """All of an answer, so that what a generator raises is raised while asking."""
+    return list(answer)
 
 
 def _take_offer(entry: _Entry, hook: str, answer: Any, tables: _Tables) -> str | None:
@@ -353,8 +358,3 @@ def _freeze(tables: _Tables, off: tuple[str, ...]) -> Catalogue:
 def broken_plugins(catalogue: Catalogue) -> str:
     """The failures in one line for an error's `why`; empty when there are none."""
     return "; ".join(str(failure) for failure in catalogue.failures)
-
-
-def plugin_error(failure: Failure) -> PluginError:
-    """A failure as the error that stops a run which needs the plugin."""
-    return PluginError(str(failure), why=failure.error, fix=failure.fix)

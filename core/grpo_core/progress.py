@@ -16,7 +16,7 @@ PHASES = ("rollout", "reward", "logprob", "train", "sync")
 
 
 class Progress(Protocol):
-    """Shows the metrics of steps."""
+    """Shows the metrics of steps; a context manager, so that the terminal is left in order."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` steps are done; `metrics` are those of the last one."""
@@ -26,15 +26,21 @@ class Progress(Protocol):
         """A line that stays: an evaluation, a checkpoint, a warning."""
         ...
 
-    def close(self) -> None: ...
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(self, *exception: object) -> None: ...
 
 
-def open_progress(total: int, *, first_step: int = 0, stream: TextIO | None = None) -> Progress:
-    """A live table when `stream` (stdout) is a terminal, else plain lines. `total` is of the whole run."""
+def make_progress(total: int, *, first_step: int = 0, stream: TextIO | None = None) -> Progress:
+    """A live table when `stream` (stdout) is a terminal, else plain lines.
+
+    `total` is of the whole run, `first_step` counts the steps that a resumed run has finished.
+    """
     out = stream if stream is not None else sys.stdout
-    if out.isatty():
-        return LiveTable(total, out)
-    return PlainLines(total, out)
+    made: Progress = LiveTable(total, out) if out.isatty() else PlainLines(total, out)
+    if first_step:
+        made.note(f"goes on after step {first_step}")
+    return made
 
 
 class PlainLines:
@@ -54,8 +60,11 @@ class PlainLines:
         """Print a line."""
         print(text, file=self._stream, flush=True)
 
-    def close(self) -> None:
-        """Nothing is left to do."""
+    def __enter__(self) -> PlainLines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.flush()
 
 
 class LiveTable:
@@ -71,7 +80,6 @@ class LiveTable:
         self._seconds: deque[float] = deque(maxlen=20)
         self._last = time.monotonic()
         self._live = Live(console=Console(file=stream), auto_refresh=False, transient=False)
-        self._live.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the step's row."""
@@ -89,7 +97,11 @@ class LiveTable:
 
         self._live.console.print(Text(text))
 
-    def close(self) -> None:
+    def __enter__(self) -> LiveTable:
+        self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Leave the last table on the screen."""
         self._live.stop()
 

@@ -78,7 +78,9 @@ class Registry:
         raise ConfigError(
             f"no {kind} is called {name!r}",
             why=f"known: {', '.join(sorted(table)) or 'none'}",
-            fix=f"did you mean {near[0]!r}?" if near else f"register it through grpo_register, or use a known {kind}",
+            fix=f"did you mean {near[0]!r}?"
+            if near
+            else f"use a known {kind}, or install a plugin that has it",
         )
 
 

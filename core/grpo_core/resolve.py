@@ -199,7 +199,7 @@ def _choose(question: _Question, weighed: _Weighed) -> Choice:
 
 def _reason(chosen: Offer, weighed: _Weighed, pin: str | None, fallback: bool) -> str:
     if pin is not None:
-        reason = f"pinned, rank {chosen.impl.rank}"
+        reason = "pinned"
     else:
         others = len(weighed.fits) - 1
         reason = f"rank {chosen.impl.rank}" + (f", {others} other{'s' * (others > 1)} fit" if others else "")

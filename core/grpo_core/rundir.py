@@ -17,27 +17,39 @@ CONFIG, PLAN, METRICS, SAMPLES = "config.yaml", "plan.json", "metrics.jsonl", "s
 ENVIRONMENT = "environment.json"
 
 
-def new_run_dir(pattern: str, name: str) -> Path:
-    """Make the folder; `{name}` and `{time}` in the pattern are filled in.
+def choose_run_dir(pattern: str, name: str) -> Path:
+    """The folder of a new run; `{name}` and `{time}` in the pattern are filled in.
 
     Raises `ConfigError` when it exists already: a run never writes into another's folder.
     """
-    path = Path(pattern.format(name=name, time=time.strftime("%Y%m%d-%H%M%S"))).expanduser()
     try:
-        path.mkdir(parents=True)
-    except FileExistsError:
+        text = pattern.format(name=name, time=time.strftime("%Y%m%d-%H%M%S"))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(
+            f"run.dir {pattern!r} cannot be filled in",
+            why=f"it names {error}; known are {{name}} and {{time}}",
+            fix="use run.dir=runs/{name}-{time}, or a plain path",
+        ) from error
+    path = Path(text).expanduser()
+    if path.exists():
         raise ConfigError(
             f"run folder {path} exists",
             why="a run never writes into the folder of another",
             fix=f"give another with run.dir=..., or continue it with `grpo train --resume {path}`",
-        ) from None
+        )
+    return path
+
+
+def make_run_dir(path: Path) -> None:
+    """Make the folder. Raises `ConfigError` when that is not possible."""
+    try:
+        path.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
             f"run folder {path} cannot be made",
             why=str(error.strerror or error),
             fix="give a folder that you may write to with run.dir=...",
         ) from error
-    return path
 
 
 def open_run_dir(path: Path) -> Path:

@@ -55,6 +55,8 @@ def build_parts(planned: PlannedRun, *, resume_from: Path | None = None) -> Part
     trainer = build_trainer(planned, backend, device, group)
     if resume_from is not None:
         trainer.load(resume_from)
+    rewards = RewardRunner(config.rewards, registry)
+    rewards.check()
     longest = max(len(question.token_ids) for question in (*questions, *eval_questions))
     return Parts(
         config=config,
@@ -63,7 +65,7 @@ def build_parts(planned: PlannedRun, *, resume_from: Path | None = None) -> Part
         eval_questions=eval_questions,
         rollout=build_rollout(planned, backend, chat, device, longest + config.rollout.max_tokens),
         trainer=trainer,
-        rewards=RewardRunner(config.rewards, registry),
+        rewards=rewards,
         advantage=named(registry.get("advantage", config.algo.advantage), config),
         loss=named(registry.get("loss", config.algo.loss), config),
         group=group,

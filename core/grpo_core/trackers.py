@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,21 +27,20 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class JsonlFile:
-    """Rows of JSON, one a line, on the disk as soon as they are written.
+class JsonlTracker:
+    """metrics.jsonl: {"step": 12, "reward/mean": 0.41, ...} a line, on the disk when `log` returns.
 
-    `resumed_step` is the last finished step of a run that goes on: rows after it, and a last line that
-    a kill cut in two, are dropped. Values that are not finite are written as null (JSON has no NaN).
+    Values that are not finite are written as null, since JSON has no NaN. A resumed run appends;
+    `rundir.drop_after` has dropped the rows of steps that are done again.
     """
 
-    def __init__(self, path: Path, resumed_step: int | None = None) -> None:
-        if resumed_step is not None and path.exists():
-            _keep_until(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row and flush it."""
-        self._file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the step's row."""
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -49,30 +48,15 @@ class JsonlFile:
         self._file.close()
 
 
-class JsonlTracker:
-    """metrics.jsonl: {"step": 12, "reward/mean": 0.41, ...} a line."""
-
-    def __init__(self, run_dir: Path, resumed_step: int | None = None) -> None:
-        self._file = JsonlFile(run_dir / "metrics.jsonl", resumed_step)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the step's row."""
-        self._file.append({"step": step, **values})
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
 class TensorBoardTracker:
-    """Scalars under <run>/tensorboard; rows of steps that are done again are hidden by TensorBoard."""
+    """Scalars under <run>/tensorboard; steps that a resumed run does again are hidden by TensorBoard."""
 
-    def __init__(self, run_dir: Path, config: Config, resumed_step: int | None = None) -> None:
-        _need("tensorboard", "tensorboard", "tensorboard")
+    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
+        _need("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if resumed_step is None else resumed_step + 1
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
+        purge = first_step + 1 if first_step else None
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to each curve."""
@@ -88,8 +72,8 @@ class TensorBoardTracker:
 class WandbTracker:
     """A W&B run under <run>/wandb; offline unless an API key is there, so that it never asks or waits."""
 
-    def __init__(self, run_dir: Path, config: Config, resumed_step: int | None = None) -> None:
-        _need("wandb", "wandb", "wandb")
+    def __init__(self, run_dir: Path, config: Config) -> None:
+        _need("wandb")
         import wandb
 
         self._run: Any = wandb.init(
@@ -113,68 +97,31 @@ class WandbTracker:
         self._run.finish()
 
 
-class Trackers:
-    """Several trackers as one."""
-
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = tuple(trackers)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log to each."""
-        for tracker in self._trackers:
-            tracker.log(step, values)
-
-    def close(self) -> None:
-        """Close each."""
-        for tracker in self._trackers:
-            tracker.close()
+TrackerFactory = Callable[[Path, Config], Tracker]
 
 
-OWN = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
-
-
-def open_trackers(
-    run_dir: Path, config: Config, registry: Registry, *, resumed_step: int | None = None
-) -> Trackers:
+def open_trackers(config: Config, run_dir: Path, registry: Registry, *, first_step: int = 0) -> list[Tracker]:
     """metrics.jsonl and the trackers of `run.trackers`.
 
-    `resumed_step` is the last finished step of a run that goes on. Raises `ConfigError` for a name that
-    nobody registered or a tracker whose package is not installed; nothing was opened then.
+    `first_step` counts the steps that a resumed run has finished. Raises `ConfigError` for a name that
+    nobody registered or a tracker whose package is not installed.
     """
-    opened: list[Tracker] = []
+    opened: list[Tracker] = [JsonlTracker(run_dir)]
     for name in config.run.trackers:
-        own = OWN.get(name)
-        opened.append(
-            own(run_dir, config, resumed_step) if own else registry.get("tracker", name)(run_dir, config)
-        )
-    return Trackers([JsonlTracker(run_dir, resumed_step), *opened])
+        if name == "tensorboard":
+            opened.append(TensorBoardTracker(run_dir, first_step))
+        elif name == "wandb":
+            opened.append(WandbTracker(run_dir, config))
+        else:
+            factory: TrackerFactory = registry.get("tracker", name)
+            opened.append(factory(run_dir, config))
+    return opened
 
 
-def _need(package: str, tracker: str, extra: str) -> None:
+def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"tracker {tracker!r} cannot be used",
+            f"tracker {package!r} cannot be used",
             why=f"the package {package} is not installed",
-            fix=f'pip install "grpo-core[{extra}]", or remove it from run.trackers',
+            fix=f'pip install "grpo-core[{package}]", or remove it from run.trackers',
         )
-
-
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-
-
-def _keep_until(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n") and isinstance(row, dict) and row.get("step", 0) <= step:
-            kept.append(line)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)

@@ -110,6 +110,4 @@ def ppo_clip(logprobs_L: Tensor, entropy_L: Tensor, batch: Batch, config: AlgoCo
         "clip_fraction_high": high_L.sum(),
     }
     maxima = {"ratio_max": ratio_L.max()} if ratio_L.numel() else {}
-    return LossTerms(
-        loss_L=loss_L, weight_L=aggregation_weights(batch, config), sums=sums, maxima=maxima
-    )
+    return LossTerms(loss_L=loss_L, weight_L=aggregation_weights(batch, config), sums=sums, maxima=maxima)

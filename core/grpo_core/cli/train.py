@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint import latest_checkpoint, read_state
 from ..config import Config
@@ -12,7 +13,18 @@ from ..config_loader import dump_yaml, load_config
 from ..errors import ConfigError
 from ..plan import Plan, load_plan
 from ..planning import PlannedRun, plan_run
-from ..rundir import CONFIG, PLAN, drop_after, new_run_dir, open_run_dir, write_environment
+from ..rundir import (
+    CONFIG,
+    PLAN,
+    choose_run_dir,
+    drop_after,
+    make_run_dir,
+    open_run_dir,
+    write_environment,
+)
+
+if TYPE_CHECKING:
+    from ..loop import Parts
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +47,13 @@ def run(args: argparse.Namespace) -> int:
         )
     loaded = load_config(Path(args.config), args.overrides)
     planned = plan_run(loaded, earlier=load_plan(args.plan) if args.plan else None)
-    run_dir = new_run_dir(planned.config.run.dir, planned.config.run.name)
+    run_dir = choose_run_dir(planned.config.run.dir, planned.config.run.name)
+    parts = build(planned, resume_from=None)
+    make_run_dir(run_dir)
     (run_dir / CONFIG).write_text(dump_yaml(pinned_dir(planned.config, run_dir)))
     planned.plan.save(run_dir / PLAN)
     write_environment(run_dir)
-    return train(planned, run_dir, resume_from=None)
+    return train(planned, parts, run_dir, first_step=0)
 
 
 def resume(run_dir: Path, overrides: list[str]) -> int:
@@ -48,8 +62,10 @@ def resume(run_dir: Path, overrides: list[str]) -> int:
     earlier: Plan = load_plan(run_dir / PLAN)
     planned = plan_run(load_config(run_dir / CONFIG, overrides), earlier=earlier)
     checkpoint = latest_checkpoint(run_dir)
-    drop_after(run_dir, read_state(checkpoint).step if checkpoint else -1)
-    return train(planned, run_dir, resume_from=checkpoint)
+    first_step = read_state(checkpoint).step if checkpoint else 0
+    parts = build(planned, resume_from=checkpoint)
+    drop_after(run_dir, first_step if checkpoint else -1)
+    return train(planned, parts, run_dir, first_step=first_step)
 
 
 def pinned_dir(config: Config, run_dir: Path) -> Config:
@@ -57,24 +73,29 @@ def pinned_dir(config: Config, run_dir: Path) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir)})})
 
 
-def train(planned: PlannedRun, run_dir: Path, *, resume_from: Path | None) -> int:
-    """Build, run the loop, write the report."""
+def build(planned: PlannedRun, *, resume_from: Path | None) -> Parts:
+    """Everything that the loop needs; fails before anything is written."""
+    from ..session import build_parts
+
+    for warning in planned.loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return build_parts(planned, resume_from=resume_from)
+
+
+def train(planned: PlannedRun, parts: Parts, run_dir: Path, *, first_step: int) -> int:
+    """Run the loop, then write the report."""
     from .. import loop
     from ..progress import make_progress
     from ..report.html import write_report
-    from ..session import RunWriter, build_parts
+    from ..session import RunWriter
     from ..trackers import open_trackers
 
     config = planned.config
-    for warning in planned.loaded.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    first_step = read_state(resume_from).step if resume_from else 0
-    parts = build_parts(planned, resume_from=resume_from)
     trackers = open_trackers(config, run_dir, planned.catalogue.registry, first_step=first_step)
     try:
         with make_progress(config.train.steps, first_step=first_step) as progress:
             progress.note(
-                f"{planned.config.model} on {planned.info.name or planned.device.name}, plan {planned.plan.id},"
+                f"{config.model} on {planned.info.name or planned.device.name}, plan {planned.plan.id},"
                 f" {planned.facts.train_dtype}; run folder {run_dir}"
             )
             writer = RunWriter(
@@ -84,9 +105,14 @@ def train(planned: PlannedRun, run_dir: Path, *, resume_from: Path | None) -> in
     finally:
         for tracker in trackers:
             tracker.close()
-        parts.rewards.close()
-        parts.rollout.close()
-        parts.trainer.close()
+        close(parts)
     report = write_report([run_dir], run_dir / "report.html")
     print(f"report: {report}\ncheckpoint: {latest_checkpoint(run_dir)}")
     return 0
+
+
+def close(parts: Parts) -> None:
+    """End worker processes and free the engines."""
+    parts.rewards.close()
+    parts.rollout.close()
+    parts.trainer.close()

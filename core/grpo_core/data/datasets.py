@@ -11,7 +11,6 @@ from ..config import DataConfig
 from ..errors import ConfigError, DataError
 from ..registry import Registry
 from ..types import Sample
-from .gym import open_gym
 from .rows import open_jsonl, open_parquet
 
 FILES: Mapping[str, Callable[[str, DataConfig], Sequence[Sample]]] = {
@@ -95,8 +94,3 @@ def dress(sample: Sample, config: DataConfig) -> Sample:
     if config.system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.system})
     return replace(sample, messages=tuple(messages))
-
-
-def register_datasets(registry: Registry) -> None:
-    """The datasets of core that go by name."""
-    registry.dataset("reasoning-gym", open_gym)

@@ -17,7 +17,7 @@ from ..registry import Registry
 from ..types import Sample
 from .reward_pool import Pool, blames_completion
 from .reward_protocol import Result, RewardFn, Setup, as_number, attempt, check_call, is_async, told
-from .rewards import BUILTIN, HOSTILE, PACKAGES, QUICK, regex
+from .rewards import HOSTILE, PACKAGES, QUICK, regex
 
 HOSTILE_MEMORY_BYTES = 2 << 30
 _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -113,11 +113,7 @@ def _labels(configs: Sequence[RewardConfig]) -> list[str]:
 
 
 def _named(config: RewardConfig, registry: Registry) -> RewardFn:
-    function: RewardFn = (
-        BUILTIN[config.name]
-        if config.name in BUILTIN and config.name not in registry.tables["reward"]
-        else registry.get("reward", config.name)
-    )
+    function: RewardFn = registry.get("reward", config.name)
     package, pip = PACKAGES.get(function, ("", ""))
     if package and importlib.util.find_spec(package) is None:
         raise ConfigError(

@@ -10,14 +10,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from ..types import Sample
 from .gym import gym_score
 from .reward_protocol import GroundTruthError, RewardFn
-
-if TYPE_CHECKING:
-    from ..registry import Registry
 
 # A minus belongs to the number unless a digit, letter or bracket stands before it ("7-3" ends in 3).
 _NUMBER = re.compile(
@@ -59,8 +55,8 @@ def last_number(text: str) -> Fraction | None:
     """The last number written in `text`, exactly, or None."""
     last = None
     # \u2212 is the minus sign of typeset text.
-    for last in _NUMBER.finditer(text.replace("\u2212", "-")):
-        pass
+    for match in _NUMBER.finditer(text.replace("\u2212", "-")):
+        last = match
     if last is None or len(last.group()) > MAX_DIGITS:
         return None
     sign, whole = last["sign"] or "", (last["whole"] or "0").rstrip(",")
@@ -116,13 +112,6 @@ def _plain(text: str, case: bool) -> str:
     return squeezed if case else squeezed.casefold()
 
 
-BUILTIN: Mapping[str, RewardFn] = {
-    "exact": exact,
-    "number": number,
-    "regex": regex,
-    "math": math,
-    "reasoning_gym": gym_score,
-}
 QUICK = frozenset({exact, number})
 """Called directly: their time is bounded by the length of the completion."""
 HOSTILE = frozenset({math, gym_score})
@@ -132,9 +121,3 @@ PACKAGES: Mapping[RewardFn, tuple[str, str]] = {
     math: ("math_verify", 'pip install "grpo-core[math]"'),
     gym_score: ("reasoning_gym", 'pip install "grpo-core[quickstart]"'),
 }
-
-
-def register_rewards(registry: Registry) -> None:
-    """The rewards of core, by name."""
-    for name, function in BUILTIN.items():
-        registry.reward(name, function)

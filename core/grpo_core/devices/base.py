@@ -25,15 +25,28 @@ class Probe:
 class Device(Protocol):
     """A chip. `TorchDevice` implements it over `torch.get_device_module(type)`."""
 
-    name: str
-    """Key of `device:` in the config: "cpu", "cuda", "ascend"."""
-    type: str
-    """Torch device type."""
-    vendor: str
-    visible_env: str
-    """Environment variable that limits the visible devices; "" for none."""
-    comm: str
-    """Name of its collective backend."""
+    @property
+    def name(self) -> str:
+        """Key of `device:` in the config: "cpu", "cuda", "ascend"."""
+        ...
+
+    @property
+    def type(self) -> str:
+        """Torch device type."""
+        ...
+
+    @property
+    def vendor(self) -> str: ...
+
+    @property
+    def visible_env(self) -> str:
+        """Environment variable that limits the visible devices; "" for none."""
+        ...
+
+    @property
+    def comm(self) -> str:
+        """Name of its collective backend."""
+        ...
 
     def probe(self) -> Probe: ...
 

@@ -81,7 +81,7 @@ class TorchDevice:
             count = module.device_count() if module.is_available() else 0
             raise PluginError(
                 f"device {self.name}:{index} cannot be opened",
-                why=f"torch {torch.__version__} sees {count} of type {self.type}; probe: {self.probe().reason}",
+                why=f"torch {torch.__version__} sees {count} of its type; probe: {self.probe().reason}",
                 fix="check the driver and that this torch was built for it; `grpo doctor` shows both",
             )
         device = torch.device(self.type, index)

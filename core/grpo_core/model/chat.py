@@ -68,7 +68,7 @@ class Chat:
             raise DataError(
                 f"{self.name} has no chat template",
                 why="the data has messages, and nothing says how this model wants to read them",
-                fix="use an instruct model, add its chat_template.jinja, or give prompts as plain text",
+                fix="use an instruct model, add its chat_template.jinja, or set data.options.plain=true",
             )
         try:
             text = self.tokenizer.apply_chat_template(

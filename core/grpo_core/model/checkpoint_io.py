@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,24 +141,36 @@ def write_checkpoint(
     under the name that transformers 4 and 5 both read. Files appear under their names only when complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        parts, dtype = _write_parts(folder, tensors, max_shard_bytes)
+        for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
+            stale.unlink(missing_ok=True)
+        _name_parts(folder, parts)
+    finally:
+        for part in folder.glob(".part-*.safetensors"):
+            part.unlink()
+    config = {key: value for key, value in hf_config.items() if key not in ("dtype", "_name_or_path")}
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+
+
+def _write_parts(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
+) -> tuple[list[tuple[Path, dict[str, int]]], torch.dtype]:
+    """Files with the bytes of each tensor in them, and the dtype that most of the numbers have."""
     parts: list[tuple[Path, dict[str, int]]] = []
-    dtypes: dict[torch.dtype, int] = {}
-    for shard in _shards(tensors, max_shard_bytes):
+    dtypes: Counter[torch.dtype] = Counter()
+    for shard in _shards(tensors, limit):
         part = folder / f".part-{len(parts):05d}.safetensors"
-        save_file(shard, str(part), metadata={"format": "pt"})
         parts.append((part, {name: tensor.nbytes for name, tensor in shard.items()}))
+        save_file(shard, str(part), metadata={"format": "pt"})
         for tensor in shard.values():
-            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel()
+            dtypes[tensor.dtype] += tensor.numel()
     if not parts:
         raise CheckpointError(
             f"nothing to write to {folder}", why="no tensor was given", fix="report this as a bug"
         )
-    for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
-        stale.unlink(missing_ok=True)
-    _name_parts(folder, parts)
-    config = {key: value for key, value in hf_config.items() if key not in ("dtype", "_name_or_path")}
-    config["torch_dtype"] = str(max(dtypes, key=lambda dtype: dtypes[dtype])).removeprefix("torch.")
-    write_json(folder / "config.json", config)
+    return parts, dtypes.most_common(1)[0][0]
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from packaging.version import Version
 
 from ..errors import CheckpointError
 from .checkpoint_io import write_checkpoint, write_json
@@ -12,7 +16,9 @@ from .checkpoint_io import write_checkpoint, write_json
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 """`tokenizer.ggml.pre` of the vocabularies that split numbers into digits before the byte-level split."""
 NEEDED = ("gguf", "accelerate")
-LOADER_KEYS = ("quantization_config", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+LOADER_KEYS = (
+    "quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype",
+)  # fmt: skip
 """Traces of the GGUF loader in the config; a checkpoint with them would be taken for a quantised one."""
 
 
@@ -35,7 +41,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            place, gguf_file=name, torch_dtype=torch.float32, local_files_only=True
+            place, gguf_file=name, local_files_only=True, **{_dtype_key(): torch.float32}
         )
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(
@@ -45,6 +51,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         ) from error
     tokenizer = _plain_tokenizer(tokenizer, _pre_tokenizer_name(file), model.config.max_position_embeddings)
     tokenizer.save_pretrained(str(folder))
+    _generic_class(folder / "tokenizer_config.json")
     config = _plain_config(model, tokenizer)
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     tensors = (
@@ -53,6 +60,17 @@ def convert_gguf(file: Path, folder: Path) -> None:
     write_checkpoint(folder, tensors, config)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     write_json(folder / "generation_config.json", ends)
+
+
+def _dtype_key() -> str:
+    return "dtype" if Version(version("transformers")) >= Version("4.56") else "torch_dtype"
+
+
+def _generic_class(path: Path) -> None:
+    # The name that transformers 4 and 5 both load without changing the tokenizer.
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("backend", None)
+    write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _plain_config(model: Any, tokenizer: Any) -> dict[str, Any]:

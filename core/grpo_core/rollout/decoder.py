@@ -163,8 +163,8 @@ class Attend:
     def _split(self, qkv_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads = self.spec.num_attention_heads, self.spec.num_key_value_heads
         qkv_THD = qkv_TW.view(-1, heads + 2 * kv_heads, self.spec.head_dim)
-        q_THD, k_TKD, v_TKD = torch.split(qkv_THD, (heads, kv_heads, kv_heads), dim=1)
-        if self.q_norm is not None:
+        q_THD, k_TKD, v_TKD = torch.split(qkv_THD, [heads, kv_heads, kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = self.norm(q_THD, self.q_norm), self.norm(k_TKD, self.k_norm)
         q_THD, k_TKD = self.rope(q_THD, k_TKD, cos_TR, sin_TR, interleaved=self.spec.rope.interleaved)
         return q_THD, k_TKD, v_TKD

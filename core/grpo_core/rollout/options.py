@@ -21,7 +21,7 @@ class NativeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cache_tokens: int = Field(0, ge=0)
-    """Tokens that the key/value cache holds; 0 is room for all sequences at their longest, within `cache_gib`."""
+    """Tokens that the key/value cache holds; 0 is room for all at their longest, within `cache_gib`."""
     cache_gib: float = Field(2.0, gt=0)
     """Upper bound of an automatic cache, in GiB."""
     prefill_tokens: int = Field(2048, ge=1)

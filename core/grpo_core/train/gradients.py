@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +21,17 @@ NORM_PIECE = 1 << 20
 """Elements whose squares are summed at once."""
 
 
+def square_sums(tensors: Iterable[Tensor]) -> list[float]:
+    """Sums of squares of contiguous tensors, one for each piece of `NORM_PIECE` elements; read in one go."""
+    norms = [
+        # Not every device has float64; a piece is short enough for float32 then.
+        torch.linalg.vector_norm(piece, dtype=torch.float64 if piece.device.type == "cpu" else torch.float32)
+        for tensor in tensors
+        for piece in torch.split(tensor.reshape(-1), NORM_PIECE)
+    ]
+    return [norm * norm for norm in torch.stack(norms).tolist()]
+
+
 class Gradients:
     """Takes each parameter's gradient the moment it is complete.
 
@@ -29,13 +42,14 @@ class Gradients:
 
     def __init__(self, flat: FlatParameters, memory: Memory) -> None:
         self.flat = flat
+        self.starts = [slot.start for slot in flat.slots]
         self.memory = memory
         self.sum_P: Tensor | None = None
         self.views: list[Tensor] = []
         self.seen: set[int] = set()
         self.single = True
         for index, parameter in enumerate(flat.parameters):
-            parameter.register_post_accumulate_grad_hook(self._hook(index))
+            parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
 
     def begin(self, *, single: bool) -> None:
         """Start a step; `single` promises one micro-batch on one rank."""
@@ -70,13 +84,7 @@ class Gradients:
 
     def norm(self) -> float:
         """Euclidean norm over all parameters, squares summed in float64 over short float32 pieces."""
-        dtype = torch.float64 if self.flat.weights_P.device.type == "cpu" else torch.float32
-        norms = [
-            torch.linalg.vector_norm(piece, dtype=dtype)
-            for gradient in self._all()
-            for piece in gradient.split(NORM_PIECE)
-        ]
-        return float(torch.stack(norms).cpu().double().square().sum().sqrt())
+        return math.sqrt(sum(square_sums(self._all())))
 
     def read(self, start: int, stop: int, scratch: Tensor) -> Tensor:
         """float32 gradient of a range of the flat layout: a view of the sum, or written to `scratch`."""
@@ -84,17 +92,19 @@ class Gradients:
             assert self.sum_P is not None
             return self.sum_P[start:stop]
         out = scratch[: stop - start].zero_()
-        for slot, parameter in zip(self.flat.slots, self.flat.parameters, strict=True):
+        first = bisect_right(self.starts, start) - 1
+        for index in range(first, bisect_left(self.starts, stop)):
+            slot, gradient = self.flat.slots[index], self.flat.parameters[index].grad
             low, high = max(start, slot.start), min(stop, slot.stop)
-            if low < high and parameter.grad is not None:
-                part = parameter.grad.reshape(-1)[low - slot.start : high - slot.start]
+            if low < high and gradient is not None:
+                part = gradient.reshape(-1)[low - slot.start : high - slot.start]
                 out[low - start : high - start].copy_(part)
         return out
 
     def _all(self) -> list[Tensor]:
         if not self.single:
-            return [view.reshape(-1) for view in self.views]
-        return [p.grad.reshape(-1) for p in self.flat.parameters if p.grad is not None]
+            return self.views
+        return [p.grad for p in self.flat.parameters if p.grad is not None]
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:

@@ -79,8 +79,8 @@ def all_reduce_flat(sum_P: Tensor, group: Group) -> None:
     """Sum a flat float32 buffer over the ranks in place, bucket by bucket."""
     if group.size == 1:
         return
-    for bucket in sum_P.split(BUCKET):
-        group.all_reduce(bucket, op="sum")
+    for start in range(0, sum_P.shape[0], BUCKET):
+        group.all_reduce(sum_P[start : start + BUCKET], op="sum")
 
 
 def same_everywhere(values: Sequence[float], group: Group) -> bool:

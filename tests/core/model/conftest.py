@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from grpo_core.backend import Backend
+
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -16,12 +19,7 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def backend() -> Any:
-    from grpo_core.ops.reference import attention, fused
+def backend() -> Backend:
+    from grpo_core.backend import reference_backend
 
-    return SimpleNamespace(
-        attention=SimpleNamespace(varlen=attention.varlen, shared_prefix=attention.shared_prefix),
-        norm=SimpleNamespace(rms=fused.rms_norm),
-        rope=SimpleNamespace(apply=fused.rope_apply),
-        mlp=SimpleNamespace(swiglu=fused.swiglu),
-    )
+    return reference_backend()

@@ -77,7 +77,10 @@ def test_old_key_type_names_the_scaling() -> None:
 
 
 def test_theta_defaults_to_ten_thousand_as_in_transformers() -> None:
-    assert read_rope({"max_position_embeddings": 8}, head_dim=4).theta == LlamaConfig().rope_parameters["rope_theta"]
+    assert (
+        read_rope({"max_position_embeddings": 8}, head_dim=4).theta
+        == LlamaConfig().rope_parameters["rope_theta"]
+    )
 
 
 def test_unknown_scaling_is_refused() -> None:
@@ -106,7 +109,8 @@ def test_partial_rotary_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("default", None), ("llama3", None), ("yarn", None), ("dynamic", 256), ("longrope", 64)]
+    ("name", "limit"),
+    [("default", None), ("llama3", None), ("yarn", None), ("dynamic", 256), ("longrope", 64)],
 )
 def test_length_limit(name: str, limit: int | None) -> None:
     rope = read_rope(config_dict(SCALINGS[name], "transformers 5"), head_dim=HEAD)

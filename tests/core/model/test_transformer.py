@@ -71,7 +71,9 @@ def test_logits_equal_transformers(name: str, backend: Any) -> None:
     assert largest_relative(ours, theirs) < RELATIVE
 
 
-@pytest.mark.parametrize("name", ["llama-biases-everywhere", "qwen2-window-by-layer-types", "qwen3-tied-with-biases"])
+@pytest.mark.parametrize(
+    "name", ["llama-biases-everywhere", "qwen2-window-by-layer-types", "qwen3-tied-with-biases"]
+)
 def test_gradients_equal_transformers(name: str, backend: Any) -> None:
     family, settings = MODELS[name]
     model = tiny_hf_model(family, **settings)

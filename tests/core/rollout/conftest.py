@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from grpo_core.backend import Backend, reference_backend
 from grpo_core.model.arch import Arch
 from grpo_core.rollout.base import RolloutSetup
 from grpo_core.rollout.engine import NativeRollout
 from grpo_core.types import Completion, Prompt, Sampling
-from torch import Tensor
 
 VOCAB = 61
 STOP = 60
@@ -109,7 +110,9 @@ def tiny() -> Callable[..., Tiny]:
 def engine() -> EngineMaker:
     """Makes an engine with the weights of a tiny model."""
 
-    def make(model: Tiny, *, backend: Backend | None = None, load: bool = True, **changes: Any) -> NativeRollout:
+    def make(
+        model: Tiny, *, backend: Backend | None = None, load: bool = True, **changes: Any
+    ) -> NativeRollout:
         settings: dict[str, Any] = {
             "arch": model.arch, "weight_map": model.weight_map, "chat": Letters(),
             "backend": backend or reference_backend(), "device": torch.device("cpu"), "dtype": torch.float32,
@@ -136,7 +139,9 @@ def prompts_of(lengths: Sequence[int], group: int, *, seed: int = 0) -> list[Pro
     ]
 
 
-def run(engine: NativeRollout, prompts: Sequence[Prompt], **sampling: Any) -> dict[tuple[int, int], Completion]:
+def run(
+    engine: NativeRollout, prompts: Sequence[Prompt], **sampling: Any
+) -> dict[tuple[int, int], Completion]:
     """All completions by (prompt, sample); each exactly once."""
     found: dict[tuple[int, int], Completion] = {}
     for completion in engine.generate(prompts, Sampling(**{"max_tokens": 8, **sampling})):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from grpo_core.errors import CheckpointError, ConfigError, DataError, GrpoError
 from grpo_core.types import Prompt, Sampling
 
@@ -67,9 +68,7 @@ def test_logprobs_equal_a_teacher_forced_transformers_pass(
             assert torch.allclose(torch.tensor(completion.logprobs).double(), expected, atol=FP32)
 
 
-def filtered(
-    scores: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> torch.Tensor:
+def filtered(scores: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
     """transformers' own filters in the order of its generate."""
     from transformers.generation.logits_process import (
         MinPLogitsWarper,
@@ -132,7 +131,7 @@ def test_a_group_that_does_not_fit_is_split_without_a_second_prefill(
 
 
 def test_a_finished_sequence_frees_its_slot_at_once(tiny: Any, engine: Any, toolbox: Any) -> None:
-    # Two lanes, four requests; those that stop early make room, so fewer steps are needed than two full rounds.
+    # Two lanes, four requests: one that stops early makes room for the next.
     model, lanes, new = tiny(), 2, 20
     prompts = toolbox.prompts_of([4, 6, 5, 3], 1)
     made = engine(model, max_sequences=lanes)

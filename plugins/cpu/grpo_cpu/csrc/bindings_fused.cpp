@@ -131,7 +131,7 @@ TORCH_LIBRARY(grpo_cpu, m) {
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor", grpo::rope);
   m.def("sample(Tensor logits, Tensor u, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p)"
         " -> (Tensor, Tensor, Tensor, bool)", grpo::sample);
-  m.def("adamw(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, float[] weight_decays,"
+  m.def("adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float[] weight_decays,"
         " Tensor?[] copies, int step, float lr, float beta1, float beta2, float eps, float grad_scale) -> ()",
         grpo::adamw_step);
 }

@@ -1,0 +1,168 @@
+"""Every mistake a user can make ends in three lines and exit code 2, with nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from grpo_core.checkpoint import checkpoints
+from grpo_core.cli.main import main
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def failing(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line, expects exit code 2 and returns the three lines of the error."""
+
+    def run(*arguments: str | Path) -> str:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        err = capsys.readouterr().err
+        assert code == 2, err
+        assert "Traceback" not in err
+        error = err[err.index("error: ") :]
+        lines = error.rstrip("\n").splitlines()
+        assert lines[1].lstrip().startswith("why: ") and lines[-1].lstrip().startswith("fix: "), error
+        return error
+
+    return run
+
+
+def test_unknown_key(failing: Run, tiny_recipe: Path) -> None:
+    text = tiny_recipe.read_text().replace("group_size: 4", "group_sise: 4")
+    tiny_recipe.write_text(text)
+    line = text.splitlines().index("  group_sise: 4") + 1
+    error = failing("train", tiny_recipe)
+    assert f"run.yaml:{line}" in error and "did you mean" in error and "algo.group_size" in error
+
+
+def test_unknown_override(failing: Run, tiny_recipe: Path) -> None:
+    error = failing("train", tiny_recipe, "rollout.max_token=3")
+    assert "rollout.max_token" in error and "rollout.max_tokens" in error
+
+
+def test_duplicate_key(failing: Run, tiny_recipe: Path) -> None:
+    tiny_recipe.write_text(tiny_recipe.read_text() + "device: cpu\n")
+    assert "device" in failing("train", tiny_recipe)
+
+
+def test_wrong_type(failing: Run, tiny_recipe: Path) -> None:
+    assert "train.lr" in failing("train", tiny_recipe, "train.lr=fast")
+
+
+def test_several_errors_at_once(failing: Run, tiny_recipe: Path) -> None:
+    error = failing("train", tiny_recipe, "train.lr=fast", "algo.kl_coef=-1")
+    assert "train.lr" in error and "algo.kl_coef" in error
+
+
+def test_group_of_one_with_std_normalisation(failing: Run, tiny_recipe: Path) -> None:
+    assert "group_size" in failing("train", tiny_recipe, "algo.group_size=1")
+
+
+def test_prompt_longer_than_the_limit(failing: Run, tiny_recipe: Path) -> None:
+    assert "data.max_prompt_tokens" in failing("train", tiny_recipe, "data.max_prompt_tokens=3")
+
+
+def test_empty_dataset(failing: Run, tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("")
+    assert "empty" in failing("train", tiny_recipe, f"data.train={tmp_path}/none.jsonl")
+
+
+REWARDS = """
+import time
+
+def raises(text, sample):
+    raise KeyError("no such answer")
+
+def nan(text, sample):
+    return float("nan")
+
+def hangs(text, sample):
+    time.sleep(3600)
+
+def late(text, sample):
+    from pathlib import Path
+    count = Path(__file__).with_name("count")
+    calls = int(count.read_text()) if count.exists() else 0
+    count.write_text(str(calls + 1))
+    if calls >= 40:
+        raise ValueError("the answer sheet ended")
+    return float(calls % 3)
+"""
+
+
+@pytest.mark.parametrize(("function", "told"), [("raises", "no such answer"), ("nan", "nan"), ("hangs", "1")])
+def test_bad_reward(
+    function: str, told: str, failing: Run, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    error = failing("train", tiny_recipe, f"rewards=[{{name: 'my_rewards:{function}', timeout: 1.0}}]")
+    assert f"my_rewards:{function}" in error and told in error.lower()
+
+
+def test_reward_that_fails_late_loses_nothing(
+    failing: Run, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    failing("train", tiny_recipe, "rewards=[{name: 'my_rewards:late'}]", "run.save_every=0")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_run_folder_exists(failing: Run, tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    assert "exists" in failing("train", tiny_recipe)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+@pytest.fixture
+def own_model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "own"))
+
+
+def test_checkpoint_with_a_missing_shard(failing: Run, tiny_recipe: Path, own_model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(own_model / "model.safetensors")
+    (own_model / "model.safetensors").unlink()
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:3]}, own_model / first)
+    where = {name: first if i < 3 else second for i, name in enumerate(names)}
+    (own_model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert second in failing("train", tiny_recipe, f"model={own_model}")
+
+
+def test_truncated_checkpoint(failing: Run, tiny_recipe: Path, own_model: Path) -> None:
+    path = own_model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors" in failing("train", tiny_recipe, f"model={own_model}")
+
+
+def test_model_family_that_nobody_serves(failing: Run, tiny_recipe: Path, own_model: Path) -> None:
+    config = json.loads((own_model / "config.json").read_text())
+    (own_model / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    error = failing("train", tiny_recipe, f"model={own_model}")
+    assert "MambaForCausalLM" in error and "Qwen2ForCausalLM" in error
+
+
+def test_op_that_nobody_serves(failing: Run, tiny_recipe: Path) -> None:
+    assert "attention.varlen" in failing("train", tiny_recipe, "ops={attention.varlen: cpu:flash_attention_9}")
+
+
+def test_device_that_is_absent(failing: Run, tiny_recipe: Path) -> None:
+    assert "warp" in failing("train", tiny_recipe, "device=warp")
+
+
+def test_model_that_does_not_exist(failing: Run, tiny_recipe: Path, tmp_path: Path) -> None:
+    assert "nowhere" in failing("train", tiny_recipe, f"model={tmp_path}/nowhere")
+
+
+def test_resume_of_a_folder_that_is_no_run(failing: Run, tmp_path: Path) -> None:
+    assert "not a run folder" in failing("train", "--resume", tmp_path)
