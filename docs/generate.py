@@ -20,7 +20,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from grpo_core import config, hookspecs, impl
+from grpo_core.model.arch import Arch, Attention, DenseMLP, Layer, Rope
+from grpo_core.needs import RunFacts, needs_of
 from grpo_core.ops.contract import CONTRACTS, Contract
+from grpo_core.plugin_checks import CACHE_READERS
 
 DOCS = Path(__file__).parent
 BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
@@ -146,8 +149,24 @@ def method_text(function: Any) -> str:
     return str(sig.replace(parameters=kept)).replace("'", "")
 
 
-def contract_section(contract: Contract) -> list[str]:
-    """One op: its hook, its call and its specification."""
+def facts_by_op() -> dict[str, list[str]]:
+    """The facts that a plan asks of each op, which are what `limits` may name."""
+    rope = Rope(theta=10000.0, rotary_dim=64)
+    mixer = Attention(num_attention_heads=2, num_key_value_heads=1, head_dim=64, rope=rope, qk_norm=True)
+    arch = Arch(
+        family="example", vocab_size=64, hidden_size=128, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        layers=(Layer(mixer=mixer, ffn=DenseMLP(intermediate_size=256)),), max_position_embeddings=128,
+    )  # fmt: skip
+    found: dict[str, dict[str, None]] = {op: {} for op in CONTRACTS}
+    for need in needs_of(arch, RunFacts(train_dtype="float32", rollout_dtype="float32")):
+        found[need.op].update(dict.fromkeys(need.facts))
+    for op in CACHE_READERS:
+        found[op]["cache"] = None
+    return {op: list(names) for op, names in found.items()}
+
+
+def contract_section(contract: Contract, asked: list[str]) -> list[str]:
+    """One op: its hook, its call, its specification, and the facts that are asked of it."""
     module, _, name = contract.protocol.partition(":")
     protocol = getattr(importlib.import_module(module), name)
     texts = [inspect.getdoc(protocol) or ""]
@@ -198,8 +217,9 @@ def hooks_page() -> str:
         ]
         lines.append("")
     lines += ["## The ops\n"]
-    for contract in CONTRACTS.values():
-        lines += contract_section(contract)
+    asked = facts_by_op()
+    for op, contract in CONTRACTS.items():
+        lines += contract_section(contract, asked[op])
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -58,6 +58,8 @@ data:
   train: {data}
   options: {{plain: true}}
 rewards:
+  - name: regex
+    options: {{pattern: "[0-9]"}}
   - name: exact
 algo:
   group_size: 4

@@ -55,6 +55,7 @@ def tiny_hf_model(family: str, seed: int = 0, **settings: Any) -> Any:
 def decoder_of(hf_model: Any, backend: Backend, dtype: torch.dtype | None = None) -> Decoder:
     """Our decoder with the same weights, through the family's arch and weight map."""
     import torch
+
     from grpo_core.model.transformer import Decoder
 
     family = FAMILIES[hf_model.config.model_type]()

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import CheckpointError
 
 PREFIX = "step-"
@@ -61,12 +63,12 @@ def save_checkpoint(
         partial.rename(final)
         _fsync(root)
         shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         last = latest_checkpoint(run_dir)
         raise CheckpointError(
             f"the checkpoint of step {state.step} could not be written to {root}",
-            why=f"{error.strerror or error}; the last good one is {last.name if last else 'none'}",
+            why=f"{getattr(error, 'strerror', None) or error}; the last good one is {last.name if last else 'none'}",
             fix="free some space or mend the folder's permissions, then continue with"
             f" `grpo train --resume {run_dir}`",
         ) from error

@@ -35,6 +35,22 @@ def completion_metrics(scored: Sequence[Scored]) -> dict[str, float]:
     return row
 
 
+RENAMED = {
+    "policy_loss": "policy/loss",
+    "loss": "policy/total_loss",
+    "tokens": "policy/tokens",
+    "mismatch/gap_mean": "mismatch/logprob_gap_mean",
+    "mismatch/gap_max": "mismatch/logprob_gap_max",
+    "mismatch/gap_p99": "mismatch/logprob_gap_p99",
+}
+"""Trainers' names in metrics.jsonl; any other name without a slash goes under `policy/`."""
+
+
+def row_name(name: str) -> str:
+    """Where a trainer's metric stands in metrics.jsonl."""
+    return RENAMED.get(name, name if "/" in name else f"policy/{name}")
+
+
 def merge_step_metrics(steps: Sequence[StepMetrics]) -> dict[str, float]:
     """Metrics of a step's optimizer steps: the highest of a maximum, the mean of the others.
 
@@ -45,9 +61,9 @@ def merge_step_metrics(steps: Sequence[StepMetrics]) -> dict[str, float]:
     for name in steps[0].values:
         values = [step.values[name] for step in steps]
         if name.startswith("mismatch/"):
-            row[name] = values[0]
+            row[row_name(name)] = values[0]
         elif name.endswith("_max"):
-            row[name] = max(values)
+            row[row_name(name)] = max(values)
         else:
-            row[name] = statistics.fmean(values)
+            row[row_name(name)] = statistics.fmean(values)
     return row

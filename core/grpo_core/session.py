@@ -18,6 +18,7 @@ from .data.sampler import PromptOrder
 from .errors import ConfigError, DataError
 from .loop import Parts, Question
 from .model.chat import Chat
+from .model.checkpoint_io import copy_side_files
 from .planning import PlannedRun
 from .rollout.base import RolloutSetup
 from .rundir import SAMPLES
@@ -193,7 +194,12 @@ class RunWriter:
         """Write the checkpoint of `step`."""
         config = self.parts.config
         state = RunState(step=step, world=self.parts.group.size, plan_id=self.planned.plan.id)
-        save_checkpoint(self.run_dir, state, self.parts.trainer.save, keep=config.run.keep)
+
+        def write(folder: Path) -> None:
+            self.parts.trainer.save(folder)
+            copy_side_files(self.planned.model_path, folder)
+
+        save_checkpoint(self.run_dir, state, write, keep=config.run.keep)
 
     def _samples(self, step: int, scored: Sequence[Scored]) -> None:
         count = self.parts.config.run.log_samples

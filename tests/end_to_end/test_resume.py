@@ -32,7 +32,7 @@ def weights(run: Path) -> bytes:
 
 # A tracker cannot stop the clock where a phase is, so the child kills itself from inside the phase.
 KILLER = """
-import os, signal, sys
+import functools, os, signal, sys
 from grpo_core import loop
 from grpo_core.train import trainer
 from grpo_core import checkpoint
@@ -40,6 +40,7 @@ phase, recipe = sys.argv[1:3]
 calls = 0
 
 def die(original, at):
+    @functools.wraps(original)
     def wrapped(*args, **kwargs):
         global calls
         calls += 1
@@ -67,6 +68,7 @@ def test_sigkill_then_resume_equals_the_unbroken_run(phase: str, tiny_recipe: Pa
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = train("--resume", str(tmp_path / "run"))
     assert resumed.returncode == 0, resumed.stderr
+    assert any(row["policy/grad_norm"] > 0 for row in rows(tmp_path / "unbroken")), "nothing was learned"
     assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
     assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
 
@@ -100,3 +102,29 @@ def test_checkpoint_loads_in_transformers(tiny_recipe: Path, tmp_path: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = AutoTokenizer.from_pretrained(folder)("3+4=", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
+
+
+LIMITED = """
+import resource, sys
+from grpo_core.cli.main import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(["train", *sys.argv[2:]]))
+"""
+
+
+def test_disk_that_takes_no_more_while_saving(tiny_recipe: Path, tmp_path: Path) -> None:
+    done = train(str(tiny_recipe), "train.steps=1")
+    assert done.returncode == 0, done.stderr
+    refused = subprocess.run(
+        [sys.executable, "-c", LIMITED, "60000", str(tiny_recipe), f"run.dir={tmp_path}/full"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+    error = refused.stderr[refused.stderr.index("error: ") :].splitlines()
+    assert "step 1 could not be written" in error[0] and error[1].startswith("  why: "), error
+    assert len(rows(tmp_path / "full")) == 1, "the metrics of the finished step are lost"
+    assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
+    resumed = train("--resume", str(tmp_path / "full"), "train.steps=1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "full") == rows(tmp_path / "run")

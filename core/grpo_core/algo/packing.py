@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..types import Batch, Scored
@@ -152,7 +153,7 @@ def _batch(items: Sequence[Scored], share_prompt: bool) -> Batch:
         _share(rows, items)
     else:
         _alone(rows, items)
-    lengths = [end - start for start, end in zip(rows.bounds, rows.bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(rows.bounds)]
     return Batch(
         tokens_T=torch.tensor(rows.tokens, dtype=torch.int64),
         positions_T=torch.tensor(rows.positions, dtype=torch.int64),

@@ -17,7 +17,8 @@ SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 """`tokenizer.ggml.pre` of the vocabularies that split numbers into digits before the byte-level split."""
 NEEDED = ("gguf", "accelerate")
 LOADER_KEYS = (
-    "quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype",
+    "quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "dtype",
+    "torch_dtype",
 )  # fmt: skip
 """Traces of the GGUF loader in the config; a checkpoint with them would be taken for a quantised one."""
 

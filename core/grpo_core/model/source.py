@@ -43,7 +43,7 @@ def resolve_model(spec: str, *, cache: Path | None = None) -> Path:
                 f"model {spec} does not exist", why="there is no such file", fix="check the path in `model`"
             )
         return _converted(path, root)
-    if path.is_dir():
+    if spec and path.is_dir():
         read_hf_config(path)
         return path
     if spec.startswith((".", "/", "~")) or path.exists() or not HUB_ID.fullmatch(spec):

@@ -29,30 +29,31 @@ class Plot:
 PLOTS = (
     Plot(
         title="Reward", names=(("reward/mean", "mean"),), spread="reward/std",
-        note="mean of the step's completions; the band is one standard deviation",
+        note="mean of a step, one standard deviation around it",
     ),
     Plot(title="Completion length", names=(("length/mean", "mean"),), note="tokens", zero=True),
     Plot(
         title="Cut at the token limit", names=(("length/clipped", "cut"),), percent=True, zero=True,
-        note="share of completions that reached rollout.max_tokens",
+        note="share of completions",
     ),
     Plot(title="Entropy", names=(("policy/entropy", "entropy"),), note="nats per token", zero=True),
     Plot(
         title="Clip fraction", names=(("policy/clip_fraction", "clipped"),), percent=True, zero=True,
-        note="share of tokens whose ratio was clipped",
+        note="share of tokens",
     ),
     Plot(
         title="Gradient norm", names=(("policy/grad_norm", "norm"),), note="before clipping", zero=True,
     ),
     Plot(
-        title="Rollout-trainer log-prob gap", zero=True,
-        names=(("mismatch/logprob_gap_mean", "mean"), ("mismatch/logprob_gap_max", "largest")),
-        note="absolute difference of the two engines' log-probs per token",
+        title="Rollout-trainer log-prob gap", names=(("mismatch/logprob_gap_mean", "mean"),),
+        note="absolute difference per token, mean", zero=True,
     ),
     Plot(
-        title="KL", names=(("policy/kl", "to the reference"), ("policy/approx_kl", "to the old policy")),
-        note="nats per token",
+        title="Largest log-prob gap", names=(("mismatch/logprob_gap_max", "largest"),),
+        note="absolute difference of the worst token", zero=True,
     ),
+    Plot(title="KL to the reference", names=(("policy/kl", "KL"),), note="nats per token", zero=True),
+    Plot(title="KL to the old policy", names=(("policy/approx_kl", "KL"),), note="nats per token", zero=True),
     Plot(
         title="Groups without a signal", names=(("reward/zero_std_groups", "groups"),), percent=True,
         note="share of groups whose rewards are all equal", zero=True,
@@ -86,7 +87,7 @@ def with_evaluations(runs: Sequence[RunData]) -> list[Plot]:
     """The plots, with the evaluations and the single rewards that these runs have after the reward."""
     names = list(dict.fromkeys(name for run in runs for name in run.names()))
     evaluations = [name for name in names if name.startswith("eval/") and name.endswith("/reward")]
-    parts = [name for name in names if name.startswith("reward/") and name.endswith("/mean")]
+    parts = [name for name in names if name.startswith("reward/") and name[7:].endswith("/mean")]
     extra = [
         Plot(title=f"Evaluation: {name[5:-7]}", names=((name, "reward"),), note="mean reward")
         for name in evaluations

@@ -83,16 +83,16 @@ def _tiles(run: RunData) -> Iterator[tuple[str, str, str]]:
     if reward:
         size = max(1, len(reward) // 10)
         first, last = sum(reward[:size]) / size, sum(reward[-size:]) / size
-        yield "reward", f"{last:.3f}", f"{last - first:+.3f} since the start"
+        yield "reward", f"{last:.3f}", f"{last - first:+.3f} since start"
     for name in run.names():
         values = _values(run, name)
         if name.startswith("eval/") and name.endswith("/reward") and values:
-            yield f"eval {text(name[5:-7], 40)}", f"{values[-1]:.3f}", f"{values[0]:.3f} at the start"
+            yield f"eval {text(name[5:-7], 40)}", f"{values[-1]:.3f}", f"{values[0]:.3f} at first"
     for name, label, unit in (
         ("length/mean", "length", "tokens, last step"),
         ("throughput/rollout_tokens_per_s", "rollout", "tokens/s, median"),
         ("throughput/train_tokens_per_s", "train", "tokens/s, median"),
-        ("mismatch/logprob_gap_mean", "log-prob gap", "median of the means"),
+        ("mismatch/logprob_gap_mean", "log-prob gap", "median"),
         ("memory/peak_gb", "memory", "GB at the peak"),
     ):
         values = _values(run, name)

@@ -20,14 +20,14 @@ h2{font-size:18px;margin:34px 0 10px}
 .name{font-weight:600;overflow-wrap:anywhere}
 .name i,.key i{display:inline-block;width:14px;height:4px;border-radius:2px;margin-right:7px;
 vertical-align:middle;background:var(--c,var(--soft))}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(116px,1fr));gap:12px 18px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(102px,1fr));gap:12px 16px}
 .tile span,.tile em{display:block;font-size:12px;color:var(--soft);font-style:normal}
 .tile b{font-size:20px;font-variant-numeric:tabular-nums;line-height:1.25}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(370px,100%),1fr));gap:14px;margin-top:14px}
 .chart{margin:0;padding:12px 14px 8px;display:flex;flex-direction:column}
-.chart figcaption{display:flex;gap:10px;align-items:baseline;justify-content:space-between;margin-bottom:4px}
-.chart figcaption b{font-size:14px;white-space:nowrap}
-.chart figcaption span{font-size:12px;color:var(--soft);text-align:right}
+.chart figcaption{margin-bottom:4px}
+.chart figcaption b{font-size:14px;display:block;overflow-wrap:anywhere}
+.chart figcaption span{font-size:12px;color:var(--soft)}
 .chart svg{width:100%;height:auto;margin-top:auto}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12px;color:var(--soft);margin-bottom:2px}
 .key{white-space:nowrap}

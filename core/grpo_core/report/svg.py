@@ -11,6 +11,8 @@ WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
 MAX_POINTS = 400
 MAX_BARS = 90
+MAX_DOTS = 120
+"""Points that tell their value when the mouse is over them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,7 @@ def axes(frame: Frame, ticks: Sequence[float], percent: bool) -> str:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_label(LEFT - 7, y + 3.5, "end", value_text(tick, percent)))
-    for tick in nice_ticks(frame.x0, frame.x1, 5):
+    for tick in nice_ticks(frame.x0, frame.x1, 7):
         if frame.x0 <= tick <= frame.x1 and tick == round(tick):
             parts.append(_label(frame.x(tick), HEIGHT - 8, "middle", f"{tick:g}"))
     return "".join(parts)
@@ -156,18 +158,19 @@ def value_text(value: float, percent: bool = False) -> str:
 
 def _line(series: Series, frame: Frame, percent: bool) -> str:
     path, pen = [], "M"
+    few = len(series.points) <= 30
+    every = math.ceil(len(series.points) / MAX_DOTS)
     dots = []
-    for x, y in series.points:
+    for place, (x, y) in enumerate(series.points):
         if y is None:
             pen = "M"
             continue
         path.append(f"{pen}{frame.x(x):.1f} {frame.y(y):.1f}")
         pen = "L"
-        style, radius = ("dot", 2.2) if len(series.points) <= 30 else ("dot far", 5)
-        dots.append(
-            f'<circle class="{style}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}">'
-            f"<title>{escape(series.label)}, step {x:g}: {value_text(y, percent)}</title></circle>"
-        )
+        if place % every == 0:
+            at = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{2.2 if few else 5}"'
+            told = f"{escape(series.label)}, step {x:g}: {value_text(y, percent)}"
+            dots.append(f'<circle class="dot{"" if few else " far"}" {at}><title>{told}</title></circle>')
     dash = " dashed" if series.dashed else ""
     return f'<g class="{series.style}"><path class="curve{dash}" d="{"".join(path)}"/>{"".join(dots)}</g>'
 

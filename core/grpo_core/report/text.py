@@ -9,7 +9,7 @@ from typing import Any
 MAX_TEXT = 3000
 """Characters shown of a prompt or completion."""
 
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 
 def text(value: object, limit: int = MAX_TEXT) -> str:

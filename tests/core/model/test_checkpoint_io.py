@@ -219,5 +219,5 @@ def test_side_files_are_copied_and_nothing_else(tmp_path: Path) -> None:
 def test_unreadable_config_json(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         read_hf_config(tmp_path)

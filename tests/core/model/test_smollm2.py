@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, packed_hidden
 
 from grpo_core.model.chat import Chat
 from grpo_core.model.checkpoint_io import load_checkpoint
@@ -48,10 +48,7 @@ def decoder(folder: Path, backend: Any) -> Decoder:
 
 def logits(decoder: Decoder, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        hidden = decoder(
-            torch.tensor(ids), torch.arange(len(ids)), cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-            parents=None, max_seqlen=len(ids), recompute=False,
-        )  # fmt: skip
+        hidden = packed_hidden(decoder, [torch.tensor(ids)])
         return hidden @ decoder.head_weight().T
 
 

