@@ -50,7 +50,8 @@ def one_step(parts: loop.Parts, step: int) -> dict[str, float]:
     seconds = dict(clock.seconds)
     seconds["step"] = time.perf_counter() - began
     seconds["other"] = seconds["step"] - sum(clock.seconds.values())
-    seconds["prompt_tokens"] = float(sum(len(ids) for ids in {s.prompt_token_ids for s in scored}))
+    prompts = {item.completion.prompt_id: len(item.prompt_token_ids) for item in scored}
+    seconds["prompt_tokens"] = float(sum(prompts.values()))
     lengths = {len(item.completion.token_ids) for item in scored}
     if lengths != {parts.config.rollout.max_tokens}:
         raise RuntimeError(f"completions have lengths {sorted(lengths)}: the work is not the fixed one")
@@ -77,7 +78,7 @@ def main() -> int:
         record(
             "grpo-core", job, steps[job.warmup :],
             startup_s=round(startup, 3), first_step_s=round(steps[0]["step"], 3),
-            prompt_tokens=steps[-1]["prompt_tokens"], overrides=args.overrides,
+            prompt_tokens=steps[0]["prompt_tokens"], overrides=args.overrides,
             ops={choice.op: choice.chosen for choice in planned.plan.choices},
             memory_stats_peak=parts.memory.stats().peak,
         )

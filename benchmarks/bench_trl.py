@@ -159,12 +159,16 @@ def main() -> int:
     import transformers
     import trl
 
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    # TRL counts the prompt of each completion; ours is counted once a group.
+    sampled = logged[0]["completions/mean_length"] * job.prompts * job.group
     result = record(
         "trl", job, clock.steps[job.warmup :], startup_s=round(startup, 3),
         first_step_s=round(clock.steps[0]["step"], 3),
         settings={"attn": args.attn, "micro": args.micro, "weights": args.weights, "preload": args.tcmalloc},
         versions={"trl": trl.__version__, "transformers": transformers.__version__},
-        mean_length=[row["completions/mean_length"] for row in trainer.state.log_history if "reward" in row],
+        mean_length=[row["completions/mean_length"] for row in logged],
+        prompt_tokens=(logged[0]["num_tokens"] - sampled) / job.group,
     )  # fmt: skip
     sys.stdout.flush()
     os.dup2(out, 1)

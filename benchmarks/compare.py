@@ -77,6 +77,13 @@ def run_one(name: str, command: Sequence[str], environment: Mapping[str, str]) -
     return last_json(done.stdout)
 
 
+def check_same_work(records: Records) -> None:
+    """Raises RuntimeError when the contenders did not get the same prompts or lengths."""
+    seen = {name: (runs[0]["prompt_tokens"], runs[0]["completion_tokens"]) for name, runs in records.items()}
+    if len(set(seen.values())) > 1:
+        raise RuntimeError(f"the contenders did different work (prompt, completion tokens): {seen}")
+
+
 def summary(records: Records) -> dict[str, Any]:
     """Medians by contender, and the ratios of the best peer to ours (above 1: ours is better)."""
     rows = {
@@ -156,6 +163,7 @@ def main() -> int:
         job = replace(job, **{size: value for size, value in given.items() if value})
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} if args.passive else {}
         records = run_rounds(contenders(args, job), args.rounds, environment)
+        check_same_work(records)
         limits = measure(job.threads, 0.5)
         bounds = floors(records["grpo-core"][0], limits)
     result = summary(records)

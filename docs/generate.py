@@ -180,6 +180,7 @@ def contract_section(contract: Contract, asked: list[str]) -> list[str]:
     facts.append(
         f"specification `{contract.reference}`" if contract.reference else "optional: a speed-up only"
     )
+    facts.append("facts " + (", ".join(f"`{name}`" for name in asked) or "none"))
     body = ["```python", signature_text(contract), "```", ""]
     return [
         f"### `{contract.op}`\n",

@@ -14,7 +14,9 @@ from grpo_core.registry import Registry
 
 CPU = DeviceInfo(type="cpu", name="test processor", dtypes=frozenset({"float32", "bfloat16"}))
 ACME = DeviceInfo(type="acme", vendor="Acme", name="Acme One", dtypes=frozenset({"bfloat16"}))
-VARLEN = Need(op="attention.varlen", facts={"dtype": "bfloat16", "head_dim": 64, "window": False}, backward=True)
+VARLEN = Need(
+    op="attention.varlen", facts={"dtype": "bfloat16", "head_dim": 64, "window": False}, backward=True
+)
 
 
 def offer(op: str = "attention.varlen", name: str = "fast", **fields: Any) -> Impl:
@@ -48,7 +50,8 @@ def catalogue_of(plugins: Mapping[str, Sequence[Impl]]) -> Catalogue:
             offers.setdefault(impl.op, []).append(Offer(plugin=name, impl=impl))
     return Catalogue(
         plugins=tuple(
-            PluginInfo(id=name, distribution=f"dist-{name}", version="1.0", module=name, hooks=()) for name in plugins
+            PluginInfo(id=name, distribution=f"dist-{name}", version="1.0", module=name, hooks=())
+            for name in plugins
         ),
         offers={op: tuple(sorted(listed, key=lambda item: item.id)) for op, listed in offers.items()},
         devices=MappingProxyType({}),

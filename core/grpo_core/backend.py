@@ -63,14 +63,14 @@ def bind(plan: Plan, *, contracts: Mapping[str, Contract] = CONTRACTS) -> Backen
         row = rows.get(op)
         if row is not None and row.chosen is not None:
             bound[op] = _bind_row(row, contract)
-        elif row is not None and row.covered_by is not None:
-            bound[op] = _covered(op, row.covered_by)
         elif contract.reference is None:
             bound[op] = None
+        elif row is not None:
+            bound[op] = _unserved(row)
         else:
             raise PluginError(
-                f"the plan serves no {op}",
-                why="its needs did not ask for it" if row is None else row.reason,
+                f"the plan has no row for {op}",
+                why="the needs that it was made from did not ask for it",
                 fix="plan again with needs that hold every op, as `grpo plan` does",
             )
     return _backend(bound)
@@ -146,15 +146,17 @@ def adapt(function: Callable[..., Any], row: Choice, neutral: Mapping[str, objec
     return adapted
 
 
-def _covered(op: str, by: str) -> Callable[..., Any]:
-    def covered(*args: Any, **kwargs: Any) -> Any:
+def _unserved(row: Choice) -> Callable[..., Any]:
+    """Stands in the slot of an op that the plan leaves out, and says so when it is called all the same."""
+
+    def unserved(*args: Any, **kwargs: Any) -> Any:
         raise PluginError(
-            f"{op} was called, but the plan leaves it to {by}",
-            why=f"no offer serves {op} by itself here",
-            fix=f"call {by}, or pin an offer for {op}",
+            f"{row.op} was called, but the plan leaves it out",
+            why=f"{row.covered_by} covers it" if row.covered_by else row.reason,
+            fix=f"pin an offer for {row.op} under `ops:`, or change the setting that makes it optional",
         )
 
-    return covered
+    return unserved
 
 
 class _NoEngine:

@@ -23,7 +23,7 @@ class DataConfig(Section):
     answer_key: str = "answer"
     """Column with the ground truth that rewards see as `sample.answer`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the dataset, e.g. of the reasoning-gym task; `size` and `seed` among them."""
+    """Of the dataset: `limit` and `plain` (no chat template) of a file; `size`, `seed` and settings of a task."""
     eval_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the evaluation set."""
     system: str = ""
@@ -33,7 +33,7 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(512, ge=1)
     """Prompts longer than this, chat template included, are overlong."""
     overlong: Literal["error", "drop"] = "error"
-    """Stop on an overlong prompt, or drop it and say how many were dropped."""
+    """Stop on an overlong prompt, or leave it out."""
     shuffle: bool = True
     """Draw prompts in an order given by `run.seed`, another in each epoch; else in the file's order."""
 

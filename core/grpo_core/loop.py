@@ -228,7 +228,7 @@ def evaluate(parts: Parts) -> dict[str, float]:
     sampling = replace(sampling_of(config), temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0)
     found = sorted(parts.rollout.generate(prompts, sampling), key=lambda completion: completion.prompt_id)
     everyone = gather(parts.group, score(parts, mine, found))
-    metrics: dict[str, float] = {}
+    metrics = {f"eval/{name}/excused": float(n) for name, n in parts.rewards.take_failures().items() if n}
     for source in sorted({item.sample.source for item in everyone}):
         rows = [item for item in everyone if item.sample.source == source]
         metrics[f"eval/{source}/reward"] = sum(item.reward for item in rows) / len(rows)
@@ -254,6 +254,7 @@ def report(
     seconds = clock.seconds
     row = completion_metrics(scored)
     row |= merge_step_metrics(metrics)
+    row |= {f"reward/{name}/excused": float(n) for name, n in parts.rewards.take_failures().items() if n}
     row |= {f"time/{name}": value for name, value in seconds.items()}
     sampled = sum(len(item.completion.token_ids) for item in scored)
     prompts = {item.completion.prompt_id: len(item.prompt_token_ids) for item in scored}

@@ -22,6 +22,8 @@ class RunFacts:
     world: int = 1
     """Training processes."""
     recompute: bool = False
+    share_prompt: bool = True
+    """Off leaves `attention.shared_prefix` optional, for a device that does not have it."""
     graph: bool = False
     """Ask for ops that are safe under graph capture."""
     deterministic: bool = False
@@ -32,7 +34,13 @@ def facts_of(config: Config, device: DeviceInfo, *, world: int = 1) -> RunFacts:
     auto = "bfloat16" if "fast_bf16" in device.features else "float32"
     train = auto if config.train.dtype == "auto" else config.train.dtype
     rollout = train if config.rollout.dtype == "auto" else config.rollout.dtype
-    return RunFacts(train_dtype=train, rollout_dtype=rollout, world=world, recompute=config.train.recompute)
+    return RunFacts(
+        train_dtype=train,
+        rollout_dtype=rollout,
+        world=world,
+        recompute=config.train.recompute,
+        share_prompt=config.train.share_prompt,
+    )
 
 
 def needs_of(arch: Arch, facts: RunFacts) -> list[Need]:
@@ -65,7 +73,7 @@ def _layer_needs(layer: Layer, arch: Arch, facts: RunFacts) -> list[Need]:
     swiglu = {"intermediate_size": layer.ffn.intermediate_size}
     needs = [
         Need(op="attention.varlen", facts=train, backward=True),
-        Need(op="attention.shared_prefix", facts=train, backward=True),
+        Need(op="attention.shared_prefix", facts=train, backward=True, required=facts.share_prompt),
         Need(op="attention.cache", facts=rollout),
         Need(op="attention.prefill", facts=rollout),
         Need(op="attention.decode", facts=rollout),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .catalogue import Catalogue
 from .config import Config
 from .config_loader import LoadedConfig, merge_recipe
 from .devices.base import Device
 from .devices.pick import pick_device
-from .errors import CheckpointError, ConfigError
+from .errors import ConfigError
 from .impl import DeviceInfo
 from .model.arch import Arch
+from .model.hf_config import read_hf_config
 from .model.plugin import ModelPlugin
 from .model.source import resolve_model
 from .needs import RunFacts, facts_of, needs_of
@@ -95,21 +93,3 @@ def one_device(config: Config) -> None:
             why="a process drives one kind of accelerator, and this release runs one process",
             fix="remove `roles`, or set both to the value of `device`",
         )
-
-
-def read_hf_config(folder: Path) -> Mapping[str, Any]:
-    """config.json of a Hugging Face folder. Raises `CheckpointError` when it is absent or not JSON."""
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read",
-            why=str(error),
-            fix="give `model:` a folder in Hugging Face layout, with config.json and *.safetensors",
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} is not a model's configuration", why="it is not a JSON object", fix="download the model again"
-        )
-    return content

@@ -82,14 +82,17 @@ class LiveTable:
         self._live = Live(console=Console(file=stream), auto_refresh=False, transient=False)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the step's row."""
+        """Add the step's row; an evaluation alone becomes a line above the table."""
+        if "reward/mean" not in metrics:
+            self.note(plain_line(step, self._total, metrics, None))
+            return
         now = time.monotonic()
         self._seconds.append(now - self._last)
         self._last = now
         self._rows.append((step, metrics, self._reward))
         self._reward = metrics.get("reward/mean", self._reward)
         left = (self._total - step) * sum(self._seconds) / len(self._seconds)
-        self._live.update(table(list(self._rows), self._total, left), refresh=True)
+        self._live.update(table(list(self._rows), self._total, left, self._live.console.width), refresh=True)
 
     def note(self, text: str) -> None:
         """Print a line above the table."""
@@ -106,35 +109,47 @@ class LiveTable:
         self._live.stop()
 
 
-COLUMNS = ("step", "reward", "length", "entropy", "clip", "gap", "grad", "rollout", "train", "time", "")
+COLUMNS = (
+    ("length", "length/mean", "{:.0f}"),
+    ("entropy", "policy/entropy", "{:.2f}"),
+    ("clip", "policy/clip_fraction", "{:.1%}"),
+    ("gap", "mismatch/logprob_gap_mean", "{:.4f}"),
+    ("grad", "policy/grad_norm", "{:.2f}"),
+    ("rollout/s", "throughput/rollout_tokens_per_s", ""),
+    ("train/s", "throughput/train_tokens_per_s", ""),
+    ("time", "time/step", "{:.1f} s"),
+)
+ALL_COLUMNS_WIDTH = 78
+FEW = ("length", "entropy", "time")
+"""What a terminal too narrow for all columns shows besides step and reward."""
 
 
-def table(rows: list[tuple[int, Mapping[str, float], float | None]], total: int, left: float) -> Table:
-    """The table of (step, metrics, reward of the step before); `left` in seconds."""
+def table(
+    rows: list[tuple[int, Mapping[str, float], float | None]], total: int, left: float, width: int
+) -> Table:
+    """The table of (step, metrics, reward of the step before); `left` in seconds, `width` in characters."""
     from rich.table import Table
     from rich.text import Text
 
-    caption = f"{rows[-1][0]}/{total} steps, about {duration(left)} left" if rows else ""
-    made = Table(caption=caption, caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in COLUMNS:
-        made.add_column(Text(name, style="dim"), justify="right" if name else "left", no_wrap=True)
-    for step, m, before in rows:
-        reward = Text(number(m, "reward/mean", "{:.3f}"))
-        delta = change(m.get("reward/mean"), before)
+    columns = [column for column in COLUMNS if width >= ALL_COLUMNS_WIDTH or column[0] in FEW]
+    caption = (
+        f"{rows[-1][0]}/{total} steps, about {duration(left)} left; {split(rows[-1][1])}" if rows else ""
+    )
+    made = Table(
+        caption=Text(caption, style="dim"),
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2 if width >= ALL_COLUMNS_WIDTH + 10 else 1, 0, 0),
+    )
+    for name in ("step", "reward", *(name for name, _, _ in columns)):
+        made.add_column(Text(name, style="dim"), justify="right", no_wrap=True)
+    for step, metrics, before in rows:
+        reward = Text(number(metrics, "reward/mean", "{:.3f}"))
+        delta = change(metrics.get("reward/mean"), before)
         reward.append(f" {delta}", style="green" if delta.startswith("+") else "red")
-        made.add_row(
-            str(step),
-            reward,
-            number(m, "length/mean", "{:.0f}"),
-            number(m, "policy/entropy", "{:.2f}"),
-            number(m, "policy/clip_fraction", "{:.1%}"),
-            number(m, "mismatch/logprob_gap_mean", "{:.4f}"),
-            number(m, "policy/grad_norm", "{:.2f}"),
-            rate(m.get("throughput/rollout_tokens_per_s")),
-            rate(m.get("throughput/train_tokens_per_s")),
-            number(m, "time/step", "{:.1f} s"),
-            split(m),
-        )
+        cells = [number(metrics, key, form) if form else rate(metrics.get(key)) for _, key, form in columns]
+        made.add_row(str(step), reward, *cells)
     return made
 
 
@@ -153,6 +168,9 @@ def plain_line(step: int, total: int, metrics: Mapping[str, float], before: floa
     if "reward/mean" in metrics:
         delta = change(metrics["reward/mean"], before)
         parts.append(f"reward {metrics['reward/mean']:.2f}" + (f" {delta}" if delta else ""))
+    for name, value in metrics.items():
+        if name.startswith("eval/") and name.endswith("/reward"):
+            parts.append(f"eval {name[5:-7]} {value:.3f}")
     for key, label, form in (
         ("length/mean", "len", "{:.0f}"),
         ("policy/entropy", "entropy", "{:.2f}"),

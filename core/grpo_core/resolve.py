@@ -75,7 +75,7 @@ def resolve(
             if covered in choices:
                 row = choices[covered]
                 choices[covered] = replace(row, covered_by=op, reason=f"covered by {op}; {row.reason}")
-    _require(question, choices, cache)
+    _require(question, choices)
     plugins = tuple(
         PluginVersion(id=plugin.id, distribution=plugin.distribution, version=plugin.version)
         for plugin in sorted(catalogue.plugins, key=lambda plugin: plugin.id)
@@ -234,7 +234,7 @@ def _covering(question: _Question, choices: Mapping[str, Choice]) -> list[str]:
     return [op for op, row in sorted(choices.items()) if row.chosen and question.contracts[op].covers]
 
 
-def _require(question: _Question, choices: Mapping[str, Choice], cache: str | None) -> None:
+def _require(question: _Question, choices: Mapping[str, Choice]) -> None:
     """Stop on the first required op without an offer, unless the op is covered by a chosen one."""
     order = sorted(choices, key=lambda op: (op != CACHE_OP, op))
     for op in order:
@@ -285,7 +285,9 @@ def replay(
     """
     listed = list(needs)
     needed = {need.op for need in listed}
-    fixed = {row.op: row.chosen or NONE for row in earlier.choices if row.op in needed}
+    # A covered op without an offer of its own stays free: the pin of the covering op decides.
+    rows = [row for row in earlier.choices if row.op in needed and (row.chosen or not row.covered_by)]
+    fixed = {row.op: row.chosen or NONE for row in rows}
     for op, pin in pins.items():
         if fixed.get(op, pin) != pin:
             raise PlanError(
@@ -304,7 +306,8 @@ def replay(
     versions = {row.id: row.version for row in earlier.plugins}
     used = {row.chosen.partition(":")[0] for row in plan.choices if row.chosen}
     notes = [f"replays plan {earlier.id}"]
-    notes += [f"{op} is new since plan {earlier.id}" for op in sorted(needed - fixed.keys())]
+    known = {row.op for row in earlier.choices}
+    notes += [f"{op} is new since plan {earlier.id}" for op in sorted(needed - known)]
     notes += [
         f"plugin {row.id} is {row.version}, it was {versions.get(row.id, 'absent')}"
         for row in plan.plugins

@@ -69,9 +69,9 @@ def drop_after(run_dir: Path, step: int) -> None:
         path = run_dir / name
         if not path.is_file():
             continue
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _step_of(line) <= step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)
     for folder in checkpoints(run_dir):
         if int(folder.name.rpartition("-")[2]) > step:

@@ -26,7 +26,7 @@ def mismatch(served: Any, protocol: type, kind: str, *, leave_out: Collection[st
     if kind == "function":
         if not callable(served):
             return f"{served!r} is not callable"
-        return _compare(served, _parameters(vars(protocol)["__call__"], bound=False), "", leave_out)
+        return _compare(served, _parameters(vars(protocol)["__call__"]), "", leave_out)
     if not inspect.isclass(served):
         return f"{served!r} is not a class"
     return _class_mismatch(served, protocol)
@@ -43,13 +43,14 @@ def _class_mismatch(served: type, protocol: type) -> str | None:
         if not callable(found) or (name == "__call__" and "__call__" not in _names(served)):
             return f"it has no method {name}"
         takes_self = name != "__init__" and inspect.isfunction(inspect.getattr_static(served, name))
-        problem = _compare(found, _parameters(method, bound=False), name, (), drop_first=takes_self)
+        problem = _compare(found, _parameters(method), name, (), drop_first=takes_self)
         if problem:
             return problem
     return None
 
 
 def _names(served: type) -> set[str]:
+    # hasattr(served, "__call__") is true of every class: it finds the metaclass's.
     return {name for base in served.__mro__ for name in vars(base)}
 
 
@@ -62,9 +63,9 @@ def protocol_methods(protocol: type) -> dict[str, Any]:
     }
 
 
-def _parameters(function: Any, *, bound: bool) -> list[Parameter]:
-    parameters = list(inspect.signature(function).parameters.values())
-    return parameters if bound else parameters[1:]
+def _parameters(method: Any) -> list[Parameter]:
+    """Of a Protocol's method, without `self`."""
+    return list(inspect.signature(method).parameters.values())[1:]
 
 
 def _own(served: Any) -> list[Parameter] | None:

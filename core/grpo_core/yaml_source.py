@@ -72,7 +72,7 @@ def parse_yaml(text: str, name: str) -> YamlDocument:
         try:
             node = loader.get_single_node()
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _broken(name, mark.line + 1 if mark else 0, str(error.problem or error.context)) from error

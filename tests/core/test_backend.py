@@ -52,7 +52,9 @@ def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_contract_has_a_slot_and_every_slot_a_contract() -> None:
-    slots = {f"{space}.{field.name}" for space, make in NAMESPACES.items() for field in dataclasses.fields(make)}  # type: ignore[arg-type]
+    slots = {
+        f"{space}.{field.name}" for space, make in NAMESPACES.items() for field in dataclasses.fields(make)
+    }  # type: ignore[arg-type]
     assert slots == set(CONTRACTS)
 
 
@@ -68,7 +70,9 @@ def test_every_bundled_offer_for_the_cpu_that_can_be_chosen_has_its_contracts_si
     bound = 0
     for op, offers in catalogue.offers.items():
         for offer in offers:
-            pick = Choice(op=op, chosen=offer.id, load=offer.impl.load, reason="test", contract=offer.impl.contract)
+            pick = Choice(
+                op=op, chosen=offer.id, load=offer.impl.load, reason="test", contract=offer.impl.contract
+            )
             bind(reference_plan(**{op.replace(".", "_", 1): pick}))
             bound += 1
     assert bound >= len(CONTRACTS) - 1
@@ -120,7 +124,9 @@ def test_a_wrong_signature_stops_before_anything_runs(acme: Path) -> None:
     with pytest.raises(PluginError) as raised:
         bind(reference_plan(norm_rms=row("norm.rms", "acme_kernels.norm:rms")))
     assert "does not have the contract's signature" in raised.value.what
-    assert raised.value.why.startswith("parameter 'residual' is missing; wanted (x, w, *, eps, residual, zero_c")
+    assert raised.value.why.startswith(
+        "parameter 'residual' is missing; wanted (x, w, *, eps, residual, zero_c"
+    )
     assert len(str(raised.value).splitlines()) == 3
 
 
@@ -133,15 +139,26 @@ def test_a_class_lacking_a_method_stops(acme: Path) -> None:
 
 def test_an_op_that_the_plan_leaves_out_stops() -> None:
     plan = reference_plan()
-    with pytest.raises(PluginError, match=r"the plan serves no rope\.apply"):
+    with pytest.raises(PluginError, match=r"the plan has no row for rope\.apply"):
         bind(replace(plan, choices=tuple(item for item in plan.choices if item.op != "rope.apply")))
 
 
 def test_a_covered_op_that_is_called_all_the_same_says_which_op_covers_it() -> None:
     covered = Choice(op="attention.decode", chosen=None, load="", reason="-", covered_by="attention.step")
     backend = bind(reference_plan(attention_decode=covered))
-    with pytest.raises(PluginError, match=r"the plan leaves it to attention\.step"):
+    with pytest.raises(PluginError, match="the plan leaves it out") as raised:
         backend.attention.decode(None, None)  # type: ignore[arg-type, call-arg]
+    assert raised.value.why == "attention.step covers it"
+
+
+def test_an_optional_op_without_an_offer_stops_only_who_calls_it() -> None:
+    unserved = Choice(
+        op="attention.shared_prefix", chosen=None, load="", reason="optional, nothing serves it"
+    )
+    backend = bind(reference_plan(attention_shared_prefix=unserved))
+    with pytest.raises(PluginError) as raised:
+        backend.attention.shared_prefix(None, None, None)  # type: ignore[arg-type, call-arg]
+    assert raised.value.why == "optional, nothing serves it"
 
 
 def test_an_older_offer_is_adapted_to_the_newer_contract(acme: Path) -> None:

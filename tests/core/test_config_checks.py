@@ -14,11 +14,17 @@ BASE = "model: m\ndata: {train: a.jsonl}\nrewards: [{name: exact}]\n"
     ("overrides", "told"),
     [
         (["algo.group_size=1"], "algo.group_size 1 with algo.advantage group_norm"),
-        (["algo.group_size=1", "algo.advantage=group_mean"], "algo.group_size 1 with algo.advantage group_mean"),
+        (
+            ["algo.group_size=1", "algo.advantage=group_mean"],
+            "algo.group_size 1 with algo.advantage group_mean",
+        ),
         (["algo.clip_dual=0.5"], "algo.clip_dual 0.5 would cut every update"),
         (["algo.clip_dual=1"], "algo.clip_dual 1 would cut every update"),
         (["algo.mini_batches=9"], "algo.mini_batches 9 is more than the 8 groups"),
-        (["rollout.min_tokens=9", "rollout.max_tokens=8"], "rollout.min_tokens 9 is above rollout.max_tokens 8"),
+        (
+            ["rollout.min_tokens=9", "rollout.max_tokens=8"],
+            "rollout.min_tokens 9 is above rollout.max_tokens 8",
+        ),
         (["rollout.temperature=0"], "rollout.temperature 0 makes all 8 completions"),
         (["eval.every=5"], "data.eval is empty"),
         (["rewards.0.weight=0"], "every reward has weight 0"),

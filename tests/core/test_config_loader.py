@@ -172,9 +172,9 @@ def test_recipe_lies_below_file_and_overrides() -> None:
 
 def test_recipe_with_a_wrong_key_or_value_is_an_error() -> None:
     loaded = parse_config(BASE, "run.yaml")
-    with pytest.raises(ConfigError, match="recipe  train.lrr is not a setting; did you mean train.lr"):
+    with pytest.raises(ConfigError, match=r"recipe  train\.lrr is not a setting; did you mean train\.lr"):
         merge_recipe(loaded, {"train.lrr": 1})
-    with pytest.raises(ConfigError, match="recipe  train.lr should be"):
+    with pytest.raises(ConfigError, match=r"recipe  train\.lr should be"):
         merge_recipe(loaded, {"train.lr": -1})
 
 
@@ -212,7 +212,9 @@ TEXTS = st.text(min_size=1, max_size=8)
     seed=st.integers(-(2**63), 2**63),
 )
 @settings(max_examples=60, deadline=None)
-def test_dump_round_trips(name: str, lr: float, stop: list[str], options: dict[str, object], seed: int) -> None:
+def test_dump_round_trips(
+    name: str, lr: float, stop: list[str], options: dict[str, object], seed: int
+) -> None:
     start = parse_config(BASE).config
     config = start.model_copy(
         update={

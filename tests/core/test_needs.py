@@ -17,8 +17,8 @@ def arch(*, windows: tuple[int | None, ...] = (None, None), qk_norm: bool = Fals
     rope = Rope(theta=1e4, rotary_dim=16)
     layers = tuple(
         Layer(
-            mixer=Attention(num_attention_heads=8, num_key_value_heads=2, head_dim=32, rope=rope, qk_norm=qk_norm,
-                            window=window),
+            mixer=Attention(num_attention_heads=8, num_key_value_heads=2, head_dim=32, rope=rope,
+                            qk_norm=qk_norm, window=window),
             ffn=DenseMLP(intermediate_size=96),
         )
         for window in windows
@@ -47,9 +47,19 @@ def test_the_facts_of_attention() -> None:
     ]
 
 
+def test_shared_prompts_ask_for_their_op_only_where_the_config_wants_them() -> None:
+    for wanted in (True, False):
+        facts = facts_of(config(train={"share_prompt": wanted}), DeviceInfo(type="cpu"))
+        [need] = [need for need in needs_of(arch(), facts) if need.op == "attention.shared_prefix"]
+        assert need.required is wanted
+
+
 def test_like_layers_ask_once_and_unlike_ones_each() -> None:
     assert len(of("attention.varlen", windows=(None, None, None))) == 1
-    assert [need.facts["window"] for need in of("attention.varlen", windows=(None, 64, None))] == [False, True]
+    assert [need.facts["window"] for need in of("attention.varlen", windows=(None, 64, None))] == [
+        False,
+        True,
+    ]
 
 
 def test_an_op_of_both_roles_is_asked_in_both_dtypes_and_differentiated_by_the_trainer_only() -> None:

@@ -21,7 +21,7 @@ NEEDS = [VARLEN, Need(op="norm.rms", facts={"dtype": "bfloat16"}), Need(op="atte
 
 def catalogue(*, rank: int = 50, version: str = "1.0") -> Catalogue:
     found = catalogue_of({
-        "p": [offer(name="a", rank=rank), offer(name="b", rank=40, limits={"head_dim": {64}}), offer("norm.rms")],
+        "p": [offer(name="a", rank=rank), offer(name="b", rank=40), offer("norm.rms")],
         "idle": [],
     })  # fmt: skip
     info = PluginInfo(id="p", distribution="dist-p", version=version, module="p", hooks=())
@@ -45,7 +45,8 @@ def test_plan_json_has_a_stable_schema() -> None:
     assert content["schema"] == 1
     assert sorted(content) == ["choices", "device", "fallback", "id", "notes", "plugins", "schema"]
     assert sorted(content["choices"][0]) == [
-        "chosen", "contract", "covered_by", "facts", "fallback", "load", "op", "passed", "pinned", "rank", "reason",
+        "chosen", "contract", "covered_by", "facts", "fallback", "load", "op", "passed", "pinned", "rank",
+        "reason",
     ]  # fmt: skip
     assert content["plugins"][1] == {"id": "p", "distribution": "dist-p", "version": "1.0"}
 
@@ -100,7 +101,10 @@ def test_diff_tells_what_changed_and_only_that() -> None:
     assert found == [("attention.varlen", "p:a", "p:b"), ("plugin p", "dist-p 1.0", "dist-p 1.1")]
     assert diff(before, before) == ()
     absent = diff(before, resolve(NEEDS[:1], catalogue(), CPU))
-    assert [(item.what, item.after) for item in absent] == [("attention.step", "absent"), ("norm.rms", "absent")]
+    assert [(item.what, item.after) for item in absent] == [
+        ("attention.step", "absent"),
+        ("norm.rms", "absent"),
+    ]
 
 
 def test_replay_keeps_choices_that_ranks_would_change() -> None:
@@ -120,6 +124,15 @@ def test_replay_keeps_an_optional_op_unserved_although_a_newer_plugin_serves_it(
     assert replay(plan(), NEEDS, newer, CPU).choice("attention.step").chosen is None
 
 
+def test_replay_of_a_covered_op_that_had_no_offer_of_its_own() -> None:
+    needs = [Need(op="attention.decode"), Need(op="attention.step", required=False)]
+    offers = catalogue_of({"p": [offer("attention.step")]})
+    made = resolve(needs, offers, CPU)
+    assert made.choice("attention.decode").covered_by == "attention.step"
+    again = replay(made, needs, offers, CPU)
+    assert again.id == made.id and again.notes == (f"replays plan {made.id}",)
+
+
 def test_replay_stops_when_a_choice_does_not_survive() -> None:
     with pytest.raises(PlanError, match=r"ops\.attention\.varlen is pinned to p:a") as raised:
         replay(plan(), NEEDS, catalogue_of({"p": [offer(name="b"), offer("norm.rms")]}), CPU)
@@ -128,7 +141,10 @@ def test_replay_stops_when_a_choice_does_not_survive() -> None:
 
 def test_replay_tells_of_new_ops_and_other_versions() -> None:
     needs = [*NEEDS, Need(op="mlp.swiglu")]
-    newer = replace(catalogue(version="2.0"), offers={**catalogue().offers, **catalogue_of({"p": [offer("mlp.swiglu")]}).offers})
+    newer = replace(
+        catalogue(version="2.0"),
+        offers={**catalogue().offers, **catalogue_of({"p": [offer("mlp.swiglu")]}).offers},
+    )
     again = replay(plan(), needs, newer, CPU)
     assert again.choice("mlp.swiglu").chosen == "p:fast"
     assert f"mlp.swiglu is new since plan {plan().id}" in again.notes

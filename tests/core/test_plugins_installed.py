@@ -62,13 +62,18 @@ def test_a_third_party_plugin_is_found_with_its_distribution(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("code", "error"),
     [
-        ("import acme_runtime_that_is_absent", "ModuleNotFoundError: No module named 'acme_runtime_that_is_absent'"),
+        (
+            "import acme_runtime_that_is_absent",
+            "ModuleNotFoundError: No module named 'acme_runtime_that_is_absent'",
+        ),
         ("raise RuntimeError('driver 12 wanted')", "RuntimeError: driver 12 wanted"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("def broken(:", "SyntaxError: invalid syntax"),
     ],
 )
-def test_a_plugin_that_cannot_be_imported_does_not_stop_the_rest(tmp_path: Path, code: str, error: str) -> None:
+def test_a_plugin_that_cannot_be_imported_does_not_stop_the_rest(
+    tmp_path: Path, code: str, error: str
+) -> None:
     install(tmp_path, "acme-grpo", "acme", "acme_plugin", code)
     install(tmp_path, "other-grpo", "other", "other_plugin", GOOD % "other")
     said = ask(tmp_path)
@@ -112,7 +117,8 @@ from grpo_core.impl import DeviceInfo, Need
 from grpo_core.plugins import load
 from grpo_core.resolve import resolve
 plan = resolve([Need(op="mlp.swiglu", backward=True)], load(), DeviceInfo(type="cpu"))
-print(json.dumps([plan.choices[0].chosen, plan.to_json()["plugins"], import_pointer(plan.choices[0].load)(3)]))
+[row] = plan.choices
+print(json.dumps([row.chosen, plan.to_json()["plugins"], import_pointer(row.load)(3)]))
 """
 
 

@@ -35,7 +35,10 @@ def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("acme-rt<2", "needs acme-rt<2, 2.1.dev3+g12 is installed"),
         ("acme-rt-absent>=1", "needs acme-rt-absent>=1, not installed"),
         ("acme-rt-absent; python_version < '3'", None),
-        ("acme-rt-absent; python_version >= '3'", "needs acme-rt-absent; python_version >= '3', not installed"),
+        (
+            "acme-rt-absent; python_version >= '3'",
+            "needs acme-rt-absent; python_version >= '3', not installed",
+        ),
     ],
 )
 def test_a_requirement_holds_or_says_why_not(requirement: str, reason: str | None) -> None:

@@ -65,7 +65,10 @@ LIMITS: list[tuple[Mapping[str, Any], str]] = [
     ({"dtype": {"float32", "float16"}}, "dtype=bfloat16 not in {float16, float32}"),
     ({"head_dim": range(8, 64, 8)}, "head_dim=64 not in range(8, 64, 8)"),
     ({"window": {True}}, "window=False not in {True}"),
-    ({"headdim": {64}}, "limits 'headdim', which no need of attention.varlen states (did you mean 'head_dim'?)"),
+    (
+        {"headdim": {64}},
+        "limits 'headdim', which no need of attention.varlen states (did you mean 'head_dim'?)",
+    ),
 ]
 
 
@@ -98,7 +101,9 @@ def test_a_flag_that_is_needed_must_be_offered(flag: str) -> None:
 
 
 def test_requirements_are_held_against_installed_metadata() -> None:
-    assert refused(offer(requires=("acme-runtime-absent>=2",))) == "needs acme-runtime-absent>=2, not installed"
+    assert (
+        refused(offer(requires=("acme-runtime-absent>=2",))) == "needs acme-runtime-absent>=2, not installed"
+    )
     assert refused(offer(requires=("pluggy>=99",))).startswith("needs pluggy>=99, 1.")
     assert choose(offer(requires=("pluggy>=1.5",))).chosen == "p:fast"
 
@@ -250,7 +255,9 @@ def test_a_cache_that_no_reader_can_use_is_passed_over() -> None:
     impls = readers("fast", "prefill") + readers("slow", "prefill", "decode", rank=10)
     plan = resolve([*CACHED, STEP], catalogue_of({"p": impls}), CPU)
     assert plan.choice("attention.cache").chosen == "p:slow"
-    assert plan.choice("attention.cache").passed[0].reason == "no offer of attention.decode fits with this cache"
+    assert (
+        plan.choice("attention.cache").passed[0].reason == "no offer of attention.decode fits with this cache"
+    )
     assert plan.choice("attention.step").chosen is None
 
 
@@ -314,5 +321,7 @@ def test_the_plan_does_not_depend_on_any_order(impls: list[Impl], needs: list[Ne
     listed = [*impls, *readers("x", "prefill", "decode")]
     random.shuffle(listed)
     plan = resolve(needs, catalogue_of({"p": listed}), CPU)
-    assert plan == resolve([VARLEN, *CACHED], catalogue_of({"p": [*OFFERS, *readers("x", "prefill", "decode")]}), CPU)
+    assert plan == resolve(
+        [VARLEN, *CACHED], catalogue_of({"p": [*OFFERS, *readers("x", "prefill", "decode")]}), CPU
+    )
     assert plan.choice("attention.varlen").chosen == "p:b"

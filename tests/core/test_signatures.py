@@ -152,4 +152,6 @@ def test_a_class_of_a_protocol_without_init_is_constructed_without_arguments() -
         def __init__(self, host: str) -> None: ...
 
     assert mismatch(Free, Bare, "class") is None
-    assert mismatch(Needy, Bare, "class") == "its constructor asks for host; it is constructed without arguments"
+    assert (
+        mismatch(Needy, Bare, "class") == "its constructor asks for host; it is constructed without arguments"
+    )

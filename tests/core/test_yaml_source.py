@@ -45,12 +45,21 @@ def test_infinities_and_nan() -> None:
 
 
 def test_keys_are_their_text() -> None:
-    assert read("on: 1\n1: 2\nnull: 3\ntrue: 4\n1e-6: 5") == {"on": 1, "1": 2, "null": 3, "true": 4, "1e-6": 5}
+    assert read("on: 1\n1: 2\nnull: 3\ntrue: 4\n1e-6: 5") == {
+        "on": 1,
+        "1": 2,
+        "null": 3,
+        "true": 4,
+        "1e-6": 5,
+    }
 
 
 def test_duplicate_keys_are_told_with_both_lines() -> None:
     document = parse_yaml("a:\n  x: 1\n  y: 2\n  x: 3\nb: 1\nb: 2\n", "t.yaml")
-    assert document.problems == ((4, "a.x is given twice, first in line 2"), (6, "b is given twice, first in line 5"))
+    assert document.problems == (
+        (4, "a.x is given twice, first in line 2"),
+        (6, "b is given twice, first in line 5"),
+    )
 
 
 def test_duplicate_keys_that_only_look_different_as_11_values() -> None:
@@ -117,7 +126,9 @@ SCALARS = (
     | st.integers(-(10**18), 10**18)
     | st.floats(allow_nan=False)
     | st.text(max_size=12)
-    | st.sampled_from(["on", "yes", "1e-6", "0777", "1:30", "~", "", "null", "<<", "2024-01-01", "=", "0o7", ".5"])
+    | st.sampled_from(
+        ["on", "yes", "1e-6", "0777", "1:30", "~", "", "null", "<<", "2024-01-01", "=", "0o7", ".5"]
+    )
 )
 DATA = st.recursive(
     SCALARS,

@@ -60,7 +60,7 @@ class Pool:
             for worker in [worker for worker in self._workers if worker.idle]:
                 self._give(worker, waiting)
             self._turn(results, waiting)
-            if any(result.error and not blames_completion(result) for result in results.values()):
+            if any(result.error and not result.excused for result in results.values()):
                 for worker in [worker for worker in self._workers if worker.items]:
                     self._replace(worker)
                 break
@@ -137,8 +137,8 @@ class Pool:
         """Blame the first item that the worker held, give the others back, replace the worker."""
         items = list(worker.items.values())
         if items:
-            blame = "completion: " if self.setup.hostile else ""
-            results[items[0].number] = Result(number=items[0].number, error=blame + why)
+            number = items[0].number
+            results[number] = Result(number=number, error=why, excused=self.setup.hostile)
             waiting.extendleft(reversed(items[1:]))
         self._replace(worker)
 
@@ -161,11 +161,6 @@ class Pool:
             why=why,
             fix="mend the function or its options; it is called as function(text, sample, **options)",
         )
-
-
-def blames_completion(result: Result) -> bool:
-    """Whether a result without a value is the completion's own fault."""
-    return result.error.startswith("completion: ")
 
 
 def _pipe(stream: Any) -> Any:

@@ -65,6 +65,8 @@ class Result:
     number: int
     value: float = 0.0
     error: str = ""
+    excused: bool = False
+    """The error is the completion's own fault: it scores 0 and the run goes on."""
 
 
 def send(stream: BinaryIO, message: object) -> None:

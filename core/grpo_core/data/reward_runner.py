@@ -15,7 +15,7 @@ from ..config import RewardConfig
 from ..errors import ConfigError, RewardError
 from ..registry import Registry
 from ..types import Sample
-from .reward_pool import Pool, blames_completion
+from .reward_pool import Pool
 from .reward_protocol import Result, RewardFn, Setup, as_number, attempt, check_call, is_async, told
 from .rewards import HOSTILE, PACKAGES, QUICK, regex
 
@@ -67,12 +67,17 @@ class RewardRunner:
                 results = self._pools[label].score(plain)
             for result in results:
                 text, sample = pairs[result.number]
-                if blames_completion(result):
+                if result.excused:
                     self.failures[label] += 1
                 elif result.error:
                     raise _failed(label, sample, text, result.error)
                 rows[result.number][label] = result.value
         return rows
+
+    def take_failures(self) -> dict[str, int]:
+        """Excused completions by label since this was last called."""
+        taken, self.failures = self.failures, dict.fromkeys(self.labels, 0)
+        return taken
 
     def total(self, values: Mapping[str, float]) -> float:
         """The weighted sum of one row of `score`."""
@@ -169,7 +174,8 @@ def _setup(function: RewardFn | None, config: RewardConfig) -> Setup | None:
         pickled=pickled,
         options=dict(config.options),
         timeout=config.timeout,
-        path=tuple(sys.path),
+        # The console script's own path lacks the folder that the user stands in; last, so it shadows nothing.
+        path=(*sys.path, os.getcwd()),
         hostile=hostile,
         memory_bytes=HOSTILE_MEMORY_BYTES if hostile else 0,
     )

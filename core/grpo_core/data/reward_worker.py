@@ -116,8 +116,8 @@ def _score(function: RewardFn, setup: Setup, item: Item) -> Result:
     value, error = attempt(lambda: _number_from(function(item.text, item.sample, **setup.options)))
     if error is None:
         return Result(number=item.number, value=value)
-    blame = "completion: " if setup.hostile and not isinstance(error, GroundTruthError) else ""
-    return Result(number=item.number, error=blame + told(error))
+    excused = setup.hostile and not isinstance(error, GroundTruthError)
+    return Result(number=item.number, error=told(error), excused=excused)
 
 
 def _number_from(value: Any) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from .read import RunData
 from .svg import Series, line_chart, stacked_bars
+from .text import text
 
 PHASES = ("rollout", "reward", "logprob", "train", "sync")
 
@@ -128,13 +128,13 @@ def _legend(plot: Plot, runs: Sequence[RunData]) -> str:
     keys = []
     if len(runs) > 1:
         keys += [
-            f'<span class="key c{number % 6}"><i></i>{escape(run.label)}</span>'
+            f'<span class="key c{number % 6}"><i></i>{text(run.label)}</span>'
             for number, run in enumerate(runs)
         ]
     if len(present) > 1:
         plain = "key" if len(runs) > 1 else "key c0"
         keys += [
-            f'<span class="{plain} {"dash" if number else "solid"}"><i></i>{escape(called)}</span>'
+            f'<span class="{plain} {"dash" if number else "solid"}"><i></i>{text(called)}</span>'
             for number, called in enumerate(present)
         ]
     return "".join(keys)
@@ -156,6 +156,6 @@ def _time_split(run: RunData) -> str:
 def _figure(title: str, note: str, chart: str, keys: str, *, wide: bool, style: str = "") -> str:
     legend = f'<div class="legend">{keys}</div>' if keys else ""
     return (
-        f'<figure class="chart{" wide" if wide else ""} {style}"><figcaption><b>{escape(title)}</b>'
-        f"<span>{escape(note)}</span></figcaption>{legend}{chart}</figure>"
+        f'<figure class="chart{" wide" if wide else ""} {style}"><figcaption><b>{text(title)}</b>'
+        f"<span>{text(note)}</span></figcaption>{legend}{chart}</figure>"
     )

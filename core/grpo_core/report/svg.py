@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from .text import text
 
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
@@ -79,7 +80,7 @@ def stacked_bars(
             parts.append(
                 f'<rect class="bar {style}" x="{frame.x(centre) - width / 2:.1f}" y="{high:.1f}"'
                 f' width="{width:.1f}" height="{max(low - high, 0):.1f}">'
-                f"<title>step {centre:g}: {escape(label)} {values[number]:.3g} s</title></rect>"
+                f"<title>step {centre:g}: {text(label)} {values[number]:.3g} s</title></rect>"
             )
     return _svg(title, parts)
 
@@ -138,8 +139,8 @@ def axes(frame: Frame, ticks: Sequence[float], percent: bool) -> str:
     return "".join(parts)
 
 
-def _label(x: float, y: float, anchor: str, text: str) -> str:
-    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+def _label(x: float, y: float, anchor: str, shown: str) -> str:
+    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{shown}</text>'
 
 
 def value_text(value: float, percent: bool = False) -> str:
@@ -169,7 +170,7 @@ def _line(series: Series, frame: Frame, percent: bool) -> str:
         pen = "L"
         if place % every == 0:
             at = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{2.2 if few else 5}"'
-            told = f"{escape(series.label)}, step {x:g}: {value_text(y, percent)}"
+            told = f"{text(series.label)}, step {x:g}: {value_text(y, percent)}"
             dots.append(f'<circle class="dot{"" if few else " far"}" {at}><title>{told}</title></circle>')
     dash = " dashed" if series.dashed else ""
     return f'<g class="{series.style}"><path class="curve{dash}" d="{"".join(path)}"/>{"".join(dots)}</g>'
@@ -182,9 +183,7 @@ def _band(series: Series, frame: Frame) -> str:
 
 
 def _svg(title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(parts)}</svg>'
 
 
 def _mean(values: Sequence[float]) -> float:

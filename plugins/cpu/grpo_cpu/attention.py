@@ -47,10 +47,13 @@ def _attend(
     return result
 
 
-def _queries(x_THD: Tensor, tile: Tile, K: int) -> Tensor:
+def _queries(x_THD: Tensor, tile: Tile, K: int, *, zero_pads: bool = False) -> Tensor:
     """Rows of a tile as [n * K, Q * rep, D]."""
     H, D = x_THD.shape[1:]
-    x_nQKrD = x_THD.index_select(0, tile.query_rows).view(tile.n, tile.Q, K, H // K, D)
+    rows_THD = x_THD.index_select(0, tile.query_rows)
+    if zero_pads and tile.pads is not None:
+        rows_THD.index_fill_(0, tile.pads, 0)
+    x_nQKrD = rows_THD.view(tile.n, tile.Q, K, H // K, D)
     return x_nQKrD.transpose(1, 2).reshape(tile.n * K, tile.Q * (H // K), D)
 
 
@@ -95,17 +98,49 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_THD, k_TKD, v_TKE = ctx.saved_tensors
-        plan, H, K = ctx.plan, q_THD.shape[1], k_TKD.shape[1]
+        plan, scale, H, K = ctx.plan, ctx.scale, q_THD.shape[1], k_TKD.shape[1]
         g_queries = [q_THD.new_empty(0, *q_THD.shape[1:])]
-        g_keys, g_values = _KeyGrads(k_TKD), _KeyGrads(v_TKE)
+        g_keys, g_values = KeyGrads(k_TKD), KeyGrads(v_TKE)
         for tile in plan.tiles:
-            q_bMD, k_bSD, v_bSE = _queries(q_THD, tile, K), _keys(k_TKD, tile), _keys(v_TKE, tile)
-            g_bME = _queries(_no_pads(grads[0], tile), tile, K) if tile.pads is None else _padded(grads[0], tile, K)
-            p_bMS = _probabilities(q_bMD, k_bSD, tile, ctx.scale)
+            q_bMD, k_bSD = _queries(q_THD, tile, K), _keys(k_TKD, tile)
+            p_bMS = _probabilities(q_bMD, k_bSD, tile, scale)
+            g_bME = _queries(grads[0], tile, K, zero_pads=True)
             g_values.add(torch.bmm(p_bMS.transpose(1, 2), g_bME), tile)
-            g_p_bMS = torch.bmm(g_bME, v_bSE.transpose(1, 2))
+            g_p_bMS = torch.bmm(g_bME, _keys(v_TKE, tile).transpose(1, 2))
             g_s_bMS = torch._softmax_backward_data(g_p_bMS, p_bMS, -1, p_bMS.dtype)
-            g_queries.append(_rows(torch.bmm(g_s_bMS, k_bSD).mul_(ctx.scale), tile, H))
-            g_keys.add(torch.bmm(g_s_bMS.transpose(1, 2), q_bMD).mul_(ctx.scale), tile)
+            g_queries.append(_rows(torch.bmm(g_s_bMS, k_bSD).mul_(scale), tile, H))
+            g_keys.add(torch.bmm(g_s_bMS.transpose(1, 2), q_bMD).mul_(scale), tile)
         g_q_THD = torch.cat(g_queries).index_select(0, plan.query_at)
         return g_q_THD, g_keys.total(plan), g_values.total(plan), None, None
+
+
+class KeyGrads:
+    """Gradients of keys or values, gathered over tiles; sums over tiles are float32 or wider."""
+
+    def __init__(self, like_TKD: Tensor) -> None:
+        self.like_TKD = like_TKD
+        self.acc = torch.promote_types(like_TKD.dtype, torch.float32)
+        self.own: list[Tensor] = []
+        self.slices: list[tuple[slice, Tensor]] = []
+
+    def add(self, g_bSD: Tensor, tile: Tile) -> None:
+        """Take the gradient [n * K, P + S, D] of a tile."""
+        K, D = self.like_TKD.shape[1:]
+        g_nKSD = g_bSD.view(tile.n, K, tile.P + tile.S, D)
+        if tile.P:
+            self.slices.append((tile.parent, g_nKSD[:, :, : tile.P].sum(0, dtype=self.acc).transpose(0, 1)))
+        own_nSKD = g_nKSD[:, :, tile.P :].transpose(1, 2)
+        if tile.block is None:
+            self.own.append(own_nSKD.reshape(tile.n * tile.S, K, D))
+        else:
+            self.slices.append((tile.block, own_nSKD[0].to(self.acc)))
+
+    def total(self, plan: TilePlan) -> Tensor:
+        """The sum, [T, K, D] in the dtype of the keys."""
+        nothing_1KD = self.like_TKD.new_zeros(1, *self.like_TKD.shape[1:])
+        total_TKD = torch.cat([*self.own, nothing_1KD]).index_select(0, plan.key_at)
+        if self.slices:
+            total_TKD = total_TKD.to(self.acc)
+            for part, g_PKD in self.slices:
+                total_TKD[part] += g_PKD
+        return total_TKD.to(self.like_TKD.dtype)

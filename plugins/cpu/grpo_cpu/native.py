@@ -28,9 +28,19 @@ SOURCES = Path(__file__).parent / "csrc"
 CACHE = Path(".cache") / "grpo-core" / "native"
 """Below the home directory."""
 FLAGS = (
-    "-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
     # gcc 12 takes its own _mm512_undefined_* for uninitialised variables.
-    "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
 )
 TIMEOUT = 900.0
 """Seconds that one compilation may take."""
@@ -146,7 +156,9 @@ def _run(command: list[str]) -> None:
             fix="try again on a less busy machine, or pin ops of another offer",
         ) from error
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[
+            -1:
+        ]
         raise PluginError(
             "the C++ op pack of the CPU plugin cannot be built",
             why=f"{' '.join(command[:1])} failed: {' | '.join(errors[:3]) or f'exit code {done.returncode}'}",

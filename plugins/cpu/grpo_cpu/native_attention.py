@@ -13,16 +13,30 @@ _ops = load()
 
 
 def varlen(
-    q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    causal: bool, window: int | None,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKE: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
 ) -> Tensor:
     """attention.varlen."""
     return _attend(q_THD, k_TKD, v_TKE, cu_seqlens, None, scale, causal, window or 0)
 
 
 def shared_prefix(
-    q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, parents: Tensor, max_seqlen: int,
-    scale: float, window: int | None,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKE: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    parents: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """attention.shared_prefix."""
     return _attend(q_THD, k_TKD, v_TKE, cu_seqlens, parents, scale, True, window or 0)
@@ -37,8 +51,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, parents: Tensor | None, scale: float,
-        causal: bool, window: int,
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ends: Tensor,
+        parents: Tensor | None,
+        scale: float,
+        causal: bool,
+        window: int,
     ) -> Tensor:
         o, lse = _ops.segments(q, k, v, ends, parents, scale, causal, window, True)
         ctx.save_for_backward(q, k, v, o, lse, ends, parents)

@@ -36,7 +36,10 @@ def offers() -> Iterable[tuple[str, Impl]]:
     yield "fused_ops", _offer("norm.rms", "native_ops", "rms_norm", _BF16, backward=True)
     yield "fused_ops", _offer("rope.apply", "native_ops", "rope_apply", _BF16, backward=True)
     yield "fused_ops", _offer("mlp.swiglu", "native_ops", "swiglu", _BF16, backward=True)
-    yield "fused_ops", _offer("sample.token", "native_ops", "sample_token", {"dtype": frozenset({"bfloat16", "float32"})})
+    yield (
+        "fused_ops",
+        _offer("sample.token", "native_ops", "sample_token", {"dtype": frozenset({"bfloat16", "float32"})}),
+    )
     yield "fused_ops", _offer("optim.adamw", "native_ops", "adamw", {"dtype": frozenset({"float32"})})
     yield "fused_ops", _offer("loss.logprob", "native_logprob", "logprob", _BF16, backward=True)
 
@@ -45,6 +48,13 @@ def _offer(
     op: str, module: str, attribute: str, limits: Mapping[str, Container[object]], *, backward: bool = False
 ) -> Impl:
     return Impl(
-        op=op, name="native", device="cpu", load=f"{_PACKAGE}.{module}:{attribute}", limits=limits, when=refuse,
-        backward=backward, deterministic=True, rank=RANK,
+        op=op,
+        name="native",
+        device="cpu",
+        load=f"{_PACKAGE}.{module}:{attribute}",
+        limits=limits,
+        when=refuse,
+        backward=backward,
+        deterministic=True,
+        rank=RANK,
     )

@@ -27,7 +27,9 @@ def rms_norm(x: Tensor, w: Tensor, *, eps: float, residual: Tensor | None, zero_
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, residual: Tensor | None, eps: float, zero_centered: bool) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, residual: Tensor | None, eps: float, zero_centered: bool
+    ) -> Any:
         y, total, inverse = _ops.rms_norm(x, w, residual, eps, zero_centered, True)
         ctx.set_materialize_grads(False)
         ctx.zero_centered, ctx.has_residual = zero_centered, residual is not None
@@ -38,7 +40,9 @@ class _RmsNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         total, w, inverse = ctx.saved_tensors
         dy, dtotal = grads[0], grads[1] if ctx.has_residual else None
         if dy is None:
@@ -52,7 +56,9 @@ def rope_apply(
 ) -> tuple[Tensor, Tensor]:
     """rope.apply."""
     if _tracked(q_THD, k_TKD):
-        return _Rope.apply(q_THD, cos_TR, sin_TR, interleaved), _Rope.apply(k_TKD, cos_TR, sin_TR, interleaved)
+        return _Rope.apply(q_THD, cos_TR, sin_TR, interleaved), _Rope.apply(
+            k_TKD, cos_TR, sin_TR, interleaved
+        )
     return (
         _ops.rope(q_THD, cos_TR, sin_TR, interleaved, False),
         _ops.rope(k_TKD, cos_TR, sin_TR, interleaved, False),
@@ -89,26 +95,54 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def sample_token(
-    logits_BV: Tensor, u_B: Tensor, *, temperature_B: Tensor, top_k_B: Tensor | None,
-    top_p_B: Tensor | None, min_p_B: Tensor | None,
+    logits_BV: Tensor,
+    u_B: Tensor,
+    *,
+    temperature_B: Tensor,
+    top_k_B: Tensor | None,
+    top_p_B: Tensor | None,
+    min_p_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sample.token over bfloat16 or float32 logits."""
-    ids_B, logprob_B, logprob1_B, sound = _ops.sample(logits_BV, u_B, temperature_B, top_k_B, top_p_B, min_p_B)
+    ids_B, logprob_B, logprob1_B, sound = _ops.sample(
+        logits_BV, u_B, temperature_B, top_k_B, top_p_B, min_p_B
+    )
     if not sound:
         raise FloatingPointError("a row of logits holds NaN, +inf or nothing but -inf")
     return ids_B, logprob_B, logprob1_B
 
 
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], *, step: int, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decays: Sequence[float], grad_scale: float, copies: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decays: Sequence[float],
+    grad_scale: float,
+    copies: Sequence[Tensor | None],
 ) -> None:
-    """optim.adamw in one pass over memory; a copy that is not a contiguous bfloat16 tensor is made after it."""
+    """optim.adamw in one pass over memory; other copies than contiguous bfloat16 ones are made after it."""
     fused = [x if x is not None and x.dtype == torch.bfloat16 and x.is_contiguous() else None for x in copies]
     with torch.no_grad():
         _ops.adamw(
-            params, grads, exp_avgs, exp_avg_sqs, weight_decays, fused, step, lr, beta1, beta2, eps, grad_scale
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            weight_decays,
+            fused,
+            step,
+            lr,
+            beta1,
+            beta2,
+            eps,
+            grad_scale,
         )
         for param, copy, done in zip(params, copies, fused, strict=True):
             if copy is not None and done is None:

@@ -8,9 +8,9 @@ sequence, so the causal mask hides them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -63,13 +63,10 @@ def plan_tiles(
 ) -> TilePlan:
     """Cut segments into tiles. `ends` are cumulative lengths, `parents` indices or -1, `rep` is H // K."""
     tiles: list[Tile] = []
-    masks: dict[tuple[int, int, int, int], Tensor] = {}
 
+    @cache
     def mask(queries: range, keys: range, parent: range) -> Tensor:
-        key = (queries.start, len(queries), keys.start * 65537 + len(keys), parent.start * 65537 + len(parent))
-        if key not in masks:
-            masks[key] = _mask(queries, keys, parent, rep, causal, window, dtype)
-        return masks[key]
+        return _mask(queries, keys, parent, rep, causal, window, dtype)
 
     for parent, lengths in _families(ends, parents).items():
         P = 0 if parent < 0 else ends[parent + 1] - ends[parent]
@@ -126,7 +123,10 @@ def _padded_rows(
     return rows, pads if pads.numel() else None
 
 
-def _blocks(start, L, parent_start, P, heads, causal, window, mask) -> list[Tile]:  # type: ignore[no-untyped-def]
+def _blocks(
+    start: int, L: int, parent_start: int, P: int, heads: int, causal: bool, window: int | None,
+    mask: Callable[[range, range, range], Tensor],
+) -> list[Tile]:  # fmt: skip
     """Query blocks of one long sequence, each against the keys that it can see."""
     size = max(16, SCORES // (heads * (P + L)))
     tiles = []

@@ -35,14 +35,25 @@ def failure(spec: str, registry: Registry, **values: object) -> GrpoError:
 
 
 def test_jsonl_rows_become_samples(tmp_path: Path, registry: Registry) -> None:
-    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2"}]
+    chat = [
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2"},
+    ]
     spec = lines(
-        tmp_path / "sums.jsonl", {"prompt": "1+2", "answer": "3", "level": 1}, "", {"prompt": chat, "answer": 4}
+        tmp_path / "sums.jsonl",
+        {"prompt": "1+2", "answer": "3", "level": 1},
+        "",
+        {"prompt": chat, "answer": 4},
     )
     samples = open_dataset(spec, config(), registry, "train")
     assert len(samples) == 2
     assert samples[0] == Sample(
-        id="sums.jsonl:1", messages=({"role": "user", "content": "1+2"},), answer="3", source="sums", extra={"level": 1}
+        id="sums.jsonl:1",
+        messages=({"role": "user", "content": "1+2"},),
+        answer="3",
+        source="sums",
+        extra={"level": 1},
     )
     assert samples[1].messages == tuple(chat)
     assert (samples[1].id, samples[1].answer) == ("sums.jsonl:3", "4")
@@ -98,7 +109,9 @@ def test_columns_by_key_and_inside_objects(tmp_path: Path, registry: Registry) -
 
 
 def test_no_answer_column_when_no_reward_needs_one(tmp_path: Path, registry: Registry) -> None:
-    (sample,) = open_dataset(lines(tmp_path / "a.jsonl", {"prompt": "q"}), config(answer_key=""), registry, "train")
+    (sample,) = open_dataset(
+        lines(tmp_path / "a.jsonl", {"prompt": "q"}), config(answer_key=""), registry, "train"
+    )
     assert sample.answer is None
 
 
@@ -121,7 +134,10 @@ GOOD = {"prompt": "q", "answer": "a"}
         ({"prompt": ["q"], "answer": "a"}, "a chat message of its prompt is"),
         ({"prompt": [{"role": "human", "content": "q"}], "answer": "a"}, "needs a role"),
         ({"prompt": [{"role": "user", "content": None}], "answer": "a"}, "needs a role"),
-        ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "a"}, "ends with the assistant's turn"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}], "answer": "a"},
+            "ends with the assistant's turn",
+        ),
     ],
 )
 def test_unusable_rows_are_told_with_file_and_line(

@@ -17,7 +17,7 @@ from grpo_core.errors import ConfigError, GrpoError, RewardError
 from grpo_core.registry import Registry
 from grpo_core.types import Sample
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import asyncio, math, os, sys, time
 
 calls = 0
@@ -51,7 +51,7 @@ judge = Judge()
 def numpy(text, sample):
     import numpy
     return numpy.float32(0.5)
-'''
+"""
 
 
 @pytest.fixture
@@ -62,7 +62,11 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reward(name: str, **values: object) -> RewardConfig:
-    full = name if name in ("exact", "number", "math", "regex", "reasoning_gym") or ":" in name else f"user_rewards:{name}"
+    full = (
+        name
+        if name in ("exact", "number", "math", "regex", "reasoning_gym") or ":" in name
+        else f"user_rewards:{name}"
+    )
     return RewardConfig(name=full, **values)  # type: ignore[arg-type]
 
 
@@ -97,14 +101,17 @@ def test_values_come_in_the_order_of_the_pairs(make) -> None:  # type: ignore[no
     runner = make(reward("exact"), reward("length", weight=0.5, options={"scale": 2}), reward("column"))
     rows = runner.score([pair("12" * n, level=n) for n in range(20)])
     assert rows == [
-        {"exact": float(n == 1), "user_rewards:length": 4.0 * n, "user_rewards:column": float(n)} for n in range(20)
+        {"exact": float(n == 1), "user_rewards:length": 4.0 * n, "user_rewards:column": float(n)}
+        for n in range(20)
     ]
     assert runner.total(rows[3]) == 0 + 0.5 * 12 + 3
     assert runner.score([]) == []
 
 
 def test_two_rewards_of_one_name_get_labels_of_their_own(make) -> None:  # type: ignore[no-untyped-def]
-    runner = make(reward("regex", options={"pattern": "a"}), reward("regex", options={"pattern": "b"}, weight=3))
+    runner = make(
+        reward("regex", options={"pattern": "a"}), reward("regex", options={"pattern": "b"}, weight=3)
+    )
     assert runner.labels == ("regex", "regex_2")
     (row,) = runner.score([pair("b")])
     assert row == {"regex": 0.0, "regex_2": 1.0}
@@ -207,7 +214,10 @@ def test_registered_functions(registry: Registry) -> None:
     registry.reward("bad", lambda text, sample: None)
     with RewardRunner([RewardConfig(name="local")], registry) as runner:
         assert runner.score([pair("abc")]) == [{"local": 3.0}]
-    with RewardRunner([RewardConfig(name="bad")], registry) as runner, pytest.raises(RewardError, match="'bad'"):
+    with (
+        RewardRunner([RewardConfig(name="bad")], registry) as runner,
+        pytest.raises(RewardError, match="'bad'"),
+    ):
         runner.score([pair("abc")])
 
 
@@ -250,7 +260,9 @@ def test_unknown_options_are_told_by_check(make) -> None:  # type: ignore[no-unt
         make(reward("length", options={"scael": 1})).check()
 
 
-def test_missing_math_verify_tells_what_to_install(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_math_verify_tells_what_to_install(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         RewardRunner([RewardConfig(name="math")], registry)
@@ -272,7 +284,9 @@ if __name__ == "__main__":
 
 def test_workers_end_when_the_run_is_killed(tmp_path: Path, user: None) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
-    done = subprocess.run([sys.executable, "parent.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "parent.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     pid = int(done.stdout)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():

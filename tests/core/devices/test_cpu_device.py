@@ -43,7 +43,9 @@ def test_a_system_without_cpuinfo_is_probed_too(tmp_path: Path, monkeypatch: pyt
     assert "fast_bf16" not in said.info.features and "bfloat16" in said.info.dtypes
 
 
-def test_the_compiler_is_a_feature_only_where_one_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_is_a_feature_only_where_one_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "compiler" not in Cpu().probe().info.features
     compiler = tmp_path / "clang++"
@@ -77,5 +79,7 @@ def test_the_generator_repeats_after_seed_and_after_restoring_its_state() -> Non
 
 def test_probing_imports_no_torch() -> None:
     code = "import sys; from grpo_core.devices.cpu import Cpu; Cpu().probe(); print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert said.stdout.strip() == "False"

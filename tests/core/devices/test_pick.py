@@ -24,7 +24,9 @@ class Fake:
     memory: int = 0
 
     def probe(self) -> Probe:
-        info = DeviceInfo(type=self.type, name=f"{self.name} chip", count=self.count, memory_bytes=self.memory)
+        info = DeviceInfo(
+            type=self.type, name=f"{self.name} chip", count=self.count, memory_bytes=self.memory
+        )
         return Probe(found=self.count > 0, reason=f"{self.count} of {self.name}", info=info)
 
 

@@ -35,7 +35,8 @@ def test_device_files_are_counted(acme: TorchDevice) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "count"), [("0,1", 2), ("1", 1), ("0,1,2,3", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), (" 0 , 1 ", 2)]
+    ("value", "count"),
+    [("0,1", 2), ("1", 1), ("0,1,2,3", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), (" 0 , 1 ", 2)],
 )
 def test_the_visibility_variable_limits_what_is_found(
     acme: TorchDevice, monkeypatch: pytest.MonkeyPatch, value: str, count: int
@@ -72,7 +73,9 @@ def test_a_device_of_this_torch_opens_and_synchronizes() -> None:
         host.open(7)
 
 
-def test_everything_goes_through_the_types_own_module(acme: TorchDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_goes_through_the_types_own_module(
+    acme: TorchDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[Any] = []
     module = SimpleNamespace(
         is_available=lambda: True,

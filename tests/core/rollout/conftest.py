@@ -57,12 +57,14 @@ class Tiny:
     hf: Any
     arch: Arch
     weight_map: Any
+    other: Any = None
+    """The same network with other weights."""
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         return [(name, tensor.detach()) for name, tensor in self.hf.named_parameters()]
 
 
-def hf_model(family: str, seed: int) -> Any:
+def hf_model(family: str, seed: int, **sizes: Any) -> Any:
     import transformers as tf
 
     kind = family.split("-")[0]
@@ -72,7 +74,7 @@ def hf_model(family: str, seed: int) -> Any:
         "qwen3": (tf.Qwen3Config, tf.Qwen3ForCausalLM),
     }[kind]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**SIZES, **FAMILIES[family]})).eval()
+    model = model_class(config_class(**{**SIZES, **FAMILIES[family], **sizes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", ".bias")):
@@ -80,14 +82,21 @@ def hf_model(family: str, seed: int) -> Any:
     return model
 
 
-def make_tiny(family: str, seed: int = 0) -> Tiny:
+def make_tiny(family: str, seed: int = 0, **sizes: Any) -> Tiny:
     from grpo_models.plugin import grpo_models
 
-    model = hf_model(family, seed)
+    model = hf_model(family, seed, **sizes)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     plugin = next(p for p in grpo_models() if type(model).__name__ in p.architectures)
     arch = plugin.arch(config)
-    return Tiny(hf=model, arch=arch, weight_map=plugin.weights(arch))
+    other = hf_model(family, seed + 1, **sizes)
+    return Tiny(hf=model, arch=arch, weight_map=plugin.weights(arch), other=other)
+
+
+@pytest.fixture(scope="session")
+def sized_tiny() -> Callable[..., Tiny]:
+    """Makes a tiny model of a family with sizes of one's own."""
+    return lambda family, **sizes: make_tiny(family, 0, **sizes)
 
 
 EngineMaker = Callable[..., NativeRollout]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
+from grpo_core.backend import reference_backend
 from grpo_core.errors import CheckpointError, ConfigError, DataError, GrpoError
+from grpo_core.ops.reference.fused import PlainLinear
 from grpo_core.types import Prompt, Sampling
 
 FAMILIES = ["llama", "llama-tied", "qwen2-bias", "qwen3-qk-norm", "qwen2-window"]
@@ -216,6 +220,39 @@ def test_a_tied_head_follows_the_embedding(tiny: Any, engine: Any, toolbox: Any)
     logits = logits_after(new.hf, prompt, completion.token_ids).log_softmax(-1)
     expected = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
     assert torch.allclose(torch.tensor(completion.logprobs_t1).double(), expected, atol=FP32)
+
+
+def test_a_load_never_holds_more_than_one_layers_buffer(tiny: Any, engine: Any, toolbox: Any) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Copying(PlainLinear):
+        """A packed layer with a copy of its own, as oneDNN's; counts what it was given and still lives."""
+
+        def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+            super().__init__(weight_NK.clone(), None if bias_N is None else bias_N.clone())
+            self.count(weight_NK)
+
+        def update(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+            super().update(weight_NK, bias_N)
+            self.count(weight_NK)
+
+        def count(self, weight_NK: torch.Tensor) -> None:
+            nonlocal most
+            alive.append(weakref.ref(weight_NK))
+            most = max(most, sum(ref() is not None for ref in alive))
+
+        def nbytes(self) -> int:
+            return self.weight_NK.nbytes
+
+    model = tiny("llama")
+    backend = reference_backend()
+    backend = dataclasses.replace(backend, linear=dataclasses.replace(backend.linear, packed=Copying))
+    made = engine(model, backend=backend)
+    made.load_weights(iter(tiny("llama", 1).tensors()), 2)
+    assert len(alive) == 2 * (4 * len(model.arch.layers) + 1)
+    assert most == 1
+    assert made.describe()["weight_bytes"] == sum(tensor.nbytes for _, tensor in model.tensors())
 
 
 def bad_weights(model: Any, kind: str) -> tuple[list[tuple[str, torch.Tensor]], str]:

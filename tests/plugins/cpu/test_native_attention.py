@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+
 from grpo_core.ops.reference import attention as reference
 from grpo_cpu.native import compiler, cpu_flags
 
@@ -40,12 +41,14 @@ def visible_tokens(lengths, parents, causal: bool, window: int | None):
 def oracle(q, k, v, grad, seen, scale):
     """o, dq, dk, dv in float64 and a bound on what bf16 may change in each element.
 
-    With u = 2^-8: weights P and gradients dS are rounded by u before they are summed, o is rounded by u before
-    rowsum(dO o) is taken from it, and every result is rounded by u. Float32 sums add about 2^-20 of the
-    magnitudes summed.
+    With u = 2^-8: weights P and gradients dS are rounded by u before they are summed, o is rounded by u
+    before rowsum(dO o) is taken from it, and every result is rounded by u. Float32 sums add about 2^-20 of
+    the magnitudes summed.
     """
     u, noise, G = 2**-8, 2**-20, q.shape[1] // k.shape[1]
-    q, k, v, g = (x.double().transpose(0, 1) for x in (q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1), grad))
+    q, k, v, g = (
+        x.double().transpose(0, 1) for x in (q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1), grad)
+    )
     weights = ((q @ k.mT) * scale).masked_fill(~seen, -torch.inf).softmax(-1)
     o = weights @ v
     delta, slack = (g * o).sum(-1, keepdim=True), u * (g * o).abs().sum(-1, keepdim=True)
@@ -58,8 +61,12 @@ def oracle(q, k, v, grad, seen, scale):
         return x.unflatten(0, (-1, G)).sum(1).transpose(0, 1)
 
     want = [o.transpose(0, 1), (ds @ k).transpose(0, 1), fold(ds.mT @ q), fold(weights.mT @ g)]
-    bounds = [(u + noise) * (weights @ v.abs()).transpose(0, 1), (loose @ k.abs()).transpose(0, 1),
-              fold(loose.mT @ q.abs()), (u + noise) * fold(weights.mT @ g.abs())]
+    bounds = [
+        (u + noise) * (weights @ v.abs()).transpose(0, 1),
+        (loose @ k.abs()).transpose(0, 1),
+        fold(loose.mT @ q.abs()),
+        (u + noise) * fold(weights.mT @ g.abs()),
+    ]
     return want, [1.01 * (bound + u * x.abs()) + 1e-30 for bound, x in zip(bounds, want, strict=True)]
 
 
@@ -108,7 +115,12 @@ def test_varlen(H, K, D, E, causal, window):
 )
 def test_shared_prefix(H, K, D, E, window, lengths, parents):
     q, k, v, cu = inputs(lengths, H, K, D, E)
-    options = {"cu_seqlens": cu, "parents": torch.tensor(parents, dtype=torch.int32), "scale": D**-0.5, "window": window}
+    options = {
+        "cu_seqlens": cu,
+        "parents": torch.tensor(parents, dtype=torch.int32),
+        "scale": D**-0.5,
+        "window": window,
+    }
     compare("shared_prefix", lengths, parents, q, k, v, options)
 
 
@@ -136,7 +148,9 @@ def test_runs_are_bit_equal_for_any_number_of_threads_and_leave_inputs_alone():
         for count in (1, 4, 4):
             torch.set_num_threads(count)
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            o = native.shared_prefix(*leaves, cu_seqlens=cu, parents=parents, max_seqlen=60, scale=0.1, window=None)
+            o = native.shared_prefix(
+                *leaves, cu_seqlens=cu, parents=parents, max_seqlen=60, scale=0.1, window=None
+            )
             o.backward(torch.ones_like(o) + o.detach())
             found.append([o, *(x.grad for x in leaves)])
     finally:
@@ -165,6 +179,12 @@ def test_without_gradient_the_output_is_the_same():
 )
 def test_descriptions_that_do_not_fit_the_tokens_are_errors(change, message):
     q, k, v, cu = inputs([2, 2], 1, 1, 32, 32)
-    options = {"cu_seqlens": cu, "parents": torch.tensor([-1, 0]), "max_seqlen": 2, "scale": 1.0, "window": None}
+    options = {
+        "cu_seqlens": cu,
+        "parents": torch.tensor([-1, 0]),
+        "max_seqlen": 2,
+        "scale": 1.0,
+        "window": None,
+    }
     with pytest.raises(ValueError, match=message):
         native.shared_prefix(q, k, v, **(options | change))

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+
 from grpo_core.ops.attention import CacheSpec
 from grpo_core.ops.reference import attention as reference
 from grpo_core.ops.reference.fused import rms_norm, rope_apply
@@ -24,8 +25,14 @@ RTOL, ATOL = 2**-7, 2**-7
 
 def spec(K=2, D=64, E=64, slots=16, tokens=4000, layers=1) -> CacheSpec:
     return CacheSpec(
-        num_layers=layers, num_key_value_heads=K, head_dim=D, v_head_dim=E, dtype=torch.bfloat16,
-        device=torch.device("cpu"), max_slots=slots, max_tokens=tokens,
+        num_layers=layers,
+        num_key_value_heads=K,
+        head_dim=D,
+        v_head_dim=E,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        max_slots=slots,
+        max_tokens=tokens,
     )
 
 
@@ -51,7 +58,9 @@ def fill(caches, slots, start: int, count: int, sizes: CacheSpec, seed: int) -> 
         cache.layers[0].write(k, v, slots_T=where, positions_T=torch.arange(start, start + count))
 
 
-@pytest.mark.parametrize("H, K, D, E", [(9, 3, 64, 64), (4, 4, 32, 96), (8, 1, 128, 128), (14, 2, 96, 32), (7, 1, 256, 64)])
+@pytest.mark.parametrize(
+    "H, K, D, E", [(9, 3, 64, 64), (4, 4, 32, 96), (8, 1, 128, 128), (14, 2, 96, 32), (7, 1, 256, 64)]
+)
 @pytest.mark.parametrize("window", [None, 1, 37])
 def test_decode_over_shared_prefix_and_own_suffix(H, K, D, E, window):
     sizes = spec(K=K, D=D, E=E)
@@ -60,14 +69,24 @@ def test_decode_over_shared_prefix_and_own_suffix(H, K, D, E, window):
     roots = [cache.allocate(50) for cache in caches]
     fill(caches, roots, 0, 50, sizes, 0)
     slots, lengths = [roots], [50]
-    for seed, (prefix, own) in enumerate([(50, 1), (50, 31), (50, 33), (17, 64), (32, 7), (0, 5), (50, 130)], start=1):
-        slots.append([cache.fork(root, prefix=prefix, length=own) for cache, root in zip(caches, roots, strict=True)])
+    for seed, (prefix, own) in enumerate(
+        [(50, 1), (50, 31), (50, 33), (17, 64), (32, 7), (0, 5), (50, 130)], start=1
+    ):
+        slots.append(
+            [cache.fork(root, prefix=prefix, length=own) for cache, root in zip(caches, roots, strict=True)]
+        )
         fill(caches, slots[-1], prefix, own, sizes, seed)
         lengths.append(prefix + own)
     q = torch.randn(len(slots), H, D, generator=torch.Generator().manual_seed(99)).bfloat16()
     out = [
-        op(q, cache.layers[0], seqlens_k=torch.tensor(lengths), slots=torch.tensor([s[i] for s in slots]),
-           scale=D**-0.5, window=window)
+        op(
+            q,
+            cache.layers[0],
+            seqlens_k=torch.tensor(lengths),
+            slots=torch.tensor([s[i] for s in slots]),
+            scale=D**-0.5,
+            window=window,
+        )
         for i, (op, cache) in enumerate(zip((native_cache.decode, reference.decode), caches, strict=True))
     ]
     torch.testing.assert_close(out[0], out[1], rtol=RTOL, atol=ATOL)
@@ -87,8 +106,15 @@ def test_prefill_of_ragged_prompts_and_after_a_prefix(window):
     q = qkv[:, :6]
     assert not q.is_contiguous()
     out = [
-        op(q, cache.layers[0], cu_seqlens_q=cu, seqlens_k=torch.tensor(total),
-           slots=torch.tensor([s[i] for s in slots]), scale=0.125, window=window)
+        op(
+            q,
+            cache.layers[0],
+            cu_seqlens_q=cu,
+            seqlens_k=torch.tensor(total),
+            slots=torch.tensor([s[i] for s in slots]),
+            scale=0.125,
+            window=window,
+        )
         for i, (op, cache) in enumerate(zip((native_cache.prefill, reference.prefill), caches, strict=True))
     ]
     torch.testing.assert_close(out[0], out[1], rtol=RTOL, atol=ATOL)
@@ -104,17 +130,30 @@ def test_step_equals_norm_rope_write_and_decode(H, K, D, R, qk_norm, interleaved
     draw = torch.Generator().manual_seed(3)
     roots = [cache.allocate(21) for cache in caches]
     fill(caches, roots, 0, 21, sizes, 0)
-    slots = [[cache.fork(root, prefix=21, length=40) for cache, root in zip(caches, roots, strict=True)] for _ in range(3)]
-    q_norm, k_norm = (torch.randn(2, D, generator=draw).bfloat16() if qk_norm else (None, None))
+    slots = [
+        [cache.fork(root, prefix=21, length=40) for cache, root in zip(caches, roots, strict=True)]
+        for _ in range(3)
+    ]
+    q_norm, k_norm = torch.randn(2, D, generator=draw).bfloat16() if qk_norm else (None, None)
     position = torch.tensor([21, 21, 21])
     for _ in range(34):
         qkv = torch.randn(3, (H + 2 * K) * D, generator=draw).bfloat16()
         angle = torch.rand(3, R, generator=draw) * 6
         before = qkv.clone()
         got = native_cache.step(
-            qkv, caches[0].layers[0], cos_BR=angle.cos(), sin_BR=angle.sin(), positions=position,
-            slots=torch.tensor([s[0] for s in slots]), num_heads=H, scale=D**-0.5, window=None,
-            interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=1e-6,
+            qkv,
+            caches[0].layers[0],
+            cos_BR=angle.cos(),
+            sin_BR=angle.sin(),
+            positions=position,
+            slots=torch.tensor([s[0] for s in slots]),
+            num_heads=H,
+            scale=D**-0.5,
+            window=None,
+            interleaved=interleaved,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=1e-6,
         )
         assert torch.equal(qkv, before)
         q, k, v = qkv.view(3, -1, D).split([H, K, K], 1)
@@ -124,7 +163,9 @@ def test_step_equals_norm_rope_write_and_decode(H, K, D, R, qk_norm, interleaved
         q, k = rope_apply(q, k, angle.cos(), angle.sin(), interleaved=interleaved)
         theirs = torch.tensor([s[1] for s in slots])
         caches[1].layers[0].write(k, v, slots_T=theirs, positions_T=position)
-        want = reference.decode(q, caches[1].layers[0], seqlens_k=position + 1, slots=theirs, scale=D**-0.5, window=None)
+        want = reference.decode(
+            q, caches[1].layers[0], seqlens_k=position + 1, slots=theirs, scale=D**-0.5, window=None
+        )
         # A rotated key may round to the neighbouring bf16 (2^-8 relative): scores of size 3 move by 0.02.
         torch.testing.assert_close(got.view_as(want), want, rtol=2**-5, atol=2**-5)
         position = position + 1
@@ -146,7 +187,10 @@ def test_slots_come_and_go_without_touching_each_other():
         if alive and dice.random() < 0.6:
             parent = dice.choice(alive)
             prefix = dice.randrange(0, parent[2] + 1)
-            new = [cache.fork(slot, prefix=prefix, length=own) for cache, slot in zip(caches, parent, strict=False)]
+            new = [
+                cache.fork(slot, prefix=prefix, length=own)
+                for cache, slot in zip(caches, parent, strict=False)
+            ]
         else:
             prefix, new = 0, [cache.allocate(own) for cache in caches]
         assert (new[0] is None) == (new[1] is None)
@@ -161,10 +205,22 @@ def test_slots_come_and_go_without_touching_each_other():
         if alive:
             q = torch.randn(len(alive), 3, 32, generator=torch.Generator().manual_seed(turn)).bfloat16()
             lengths = torch.tensor([entry[2] for entry in alive])
-            got = native_cache.decode(q, caches[0].layers[0], seqlens_k=lengths,
-                                      slots=torch.tensor([e[0] for e in alive]), scale=0.2, window=None)
-            want = reference.decode(q, caches[1].layers[0], seqlens_k=lengths,
-                                    slots=torch.tensor([e[1] for e in alive]), scale=0.2, window=None)
+            got = native_cache.decode(
+                q,
+                caches[0].layers[0],
+                seqlens_k=lengths,
+                slots=torch.tensor([e[0] for e in alive]),
+                scale=0.2,
+                window=None,
+            )
+            want = reference.decode(
+                q,
+                caches[1].layers[0],
+                seqlens_k=lengths,
+                slots=torch.tensor([e[1] for e in alive]),
+                scale=0.2,
+                window=None,
+            )
             torch.testing.assert_close(got, want, rtol=RTOL, atol=ATOL)
     for ours, theirs, _ in alive:
         caches[0].free(ours)
@@ -216,8 +272,14 @@ def test_a_write_outside_of_the_slots_own_room_is_an_error_and_writes_nothing(po
         layer.write(k, k, slots_T=torch.tensor([child, child]), positions_T=torch.tensor([12, position]))
     assert not layer.keys.any()
     with pytest.raises(IndexError):
-        native_cache.decode(k, layer, seqlens_k=torch.tensor([5, 21]), slots=torch.tensor([child, child]),
-                            scale=1.0, window=None)
+        native_cache.decode(
+            k,
+            layer,
+            seqlens_k=torch.tensor([5, 21]),
+            slots=torch.tensor([child, child]),
+            scale=1.0,
+            window=None,
+        )
 
 
 def test_extreme_scores_neither_overflow_nor_vanish():
@@ -227,7 +289,14 @@ def test_extreme_scores_neither_overflow_nor_vanish():
     fill(caches, slots, 0, 70, sizes, 0)
     q = (torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1)) * 1000).bfloat16()
     out = [
-        op(q, cache.layers[0], seqlens_k=torch.tensor([70, 1]), slots=torch.tensor([slot, slot]), scale=1.0, window=None)
+        op(
+            q,
+            cache.layers[0],
+            seqlens_k=torch.tensor([70, 1]),
+            slots=torch.tensor([slot, slot]),
+            scale=1.0,
+            window=None,
+        )
         for op, cache, slot in zip((native_cache.decode, reference.decode), caches, slots, strict=True)
     ]
     assert out[0].isfinite().all()
@@ -242,8 +311,16 @@ def test_results_do_not_depend_on_the_batch_around_a_sequence():
         fill([cache], [slot], 0, 60 + 13 * i, sizes, i)
     q = torch.randn(6, 9, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     lengths = torch.tensor([60 + 13 * i for i in range(6)])
-    together = native_cache.decode(q, cache.layers[0], seqlens_k=lengths, slots=torch.tensor(slots), scale=0.125, window=None)
+    together = native_cache.decode(
+        q, cache.layers[0], seqlens_k=lengths, slots=torch.tensor(slots), scale=0.125, window=None
+    )
     for i in range(6):
-        alone = native_cache.decode(q[i : i + 1], cache.layers[0], seqlens_k=lengths[i : i + 1],
-                                    slots=torch.tensor(slots[i : i + 1]), scale=0.125, window=None)
+        alone = native_cache.decode(
+            q[i : i + 1],
+            cache.layers[0],
+            seqlens_k=lengths[i : i + 1],
+            slots=torch.tensor(slots[i : i + 1]),
+            scale=0.125,
+            window=None,
+        )
         assert torch.equal(alone[0], together[i])

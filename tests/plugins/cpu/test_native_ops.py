@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+
 from grpo_core.ops.reference import fused as reference
 from grpo_cpu.native import compiler, cpu_flags
 
@@ -27,8 +28,9 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_rms_norm_and_its_gradient(width, zero_centered, with_residual):
     x, r, w = draw(130, width), draw(130, width, seed=1), draw(width, seed=2)
     ours = [t.clone().requires_grad_() for t in (x, w, r)]
-    out = native.rms_norm(ours[0], ours[1], eps=1e-5, residual=ours[2] if with_residual else None,
-                          zero_centered=zero_centered)
+    out = native.rms_norm(
+        ours[0], ours[1], eps=1e-5, residual=ours[2] if with_residual else None, zero_centered=zero_centered
+    )
     # The oracle gets the bf16 sum: where that rounds is the contract's choice, not the formula's.
     total = (x + r if with_residual else x).double().requires_grad_()
     w64 = w.double().requires_grad_()
@@ -46,7 +48,7 @@ def test_rms_norm_and_its_gradient(width, zero_centered, with_residual):
         y.backward(dy)
         y64.backward(dy.double())
     torch.testing.assert_close(ours[0].grad.double(), total.grad, rtol=ONCE, atol=2e-6)
-    # dw sums 130 products with the bf16-rounded input: 2^-8 sqrt(130) of a typical product, four of them at most.
+    # dw sums 130 products with the bf16-rounded input: 2^-8 sqrt(130) of a product of at most 4.
     torch.testing.assert_close(ours[1].grad.double(), w64.grad, rtol=ONCE, atol=2**-8 * 130**0.5 * 4)
     assert torch.equal(ours[0], x) and torch.equal(ours[2], r)
 
@@ -63,7 +65,9 @@ def test_only_the_sum_of_a_norm_used_still_gives_a_gradient():
     x, r, w = (t.requires_grad_() for t in (draw(4, 32), draw(4, 32, seed=1), draw(32, seed=2)))
     total = native.rms_norm(x, w, eps=1e-6, residual=r, zero_centered=False)[1]
     total.sum().backward()
-    assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(r.grad, torch.ones_like(r)) and w.grad is None
+    assert (
+        torch.equal(x.grad, torch.ones_like(x)) and torch.equal(r.grad, torch.ones_like(r)) and w.grad is None
+    )
 
 
 def test_norm_weight_gradient_does_not_depend_on_threads():
@@ -127,10 +131,25 @@ def test_adamw_equals_torch_optim():
     first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
     copies = [p.bfloat16() for p in params[:2]] + [params[2].half(), None]
     for step in range(1, steps + 1):
-        grads = [torch.randn(s, generator=torch.Generator().manual_seed(100 * step + i)) for i, s in enumerate(sizes)]
+        grads = [
+            torch.randn(s, generator=torch.Generator().manual_seed(100 * step + i))
+            for i, s in enumerate(sizes)
+        ]
         kept = [g.clone() for g in grads]
-        native.adamw(params, grads, first, second, step=step, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8,
-                     weight_decays=[0.1, 0.1, 0.0, 0.0], grad_scale=0.5, copies=copies)
+        native.adamw(
+            params,
+            grads,
+            first,
+            second,
+            step=step,
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.99,
+            eps=1e-8,
+            weight_decays=[0.1, 0.1, 0.0, 0.0],
+            grad_scale=0.5,
+            copies=copies,
+        )
         assert all(torch.equal(a, b) for a, b in zip(grads, kept, strict=True))
         for leaf, grad in zip(theirs, grads, strict=True):
             leaf.grad = grad.double() * 0.5
@@ -144,5 +163,17 @@ def test_adamw_equals_torch_optim():
 def test_adamw_refuses_tensors_that_do_not_fit_together():
     a, b = torch.zeros(4), torch.zeros(5)
     with pytest.raises(RuntimeError, match="contiguous float32"):
-        native.adamw([a], [b], [a.clone()], [a.clone()], step=1, lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8,
-                     weight_decays=[0.0], grad_scale=1.0, copies=[None])
+        native.adamw(
+            [a],
+            [b],
+            [a.clone()],
+            [a.clone()],
+            step=1,
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.99,
+            eps=1e-8,
+            weight_decays=[0.0],
+            grad_scale=1.0,
+            copies=[None],
+        )

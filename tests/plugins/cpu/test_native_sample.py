@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+
 from grpo_core.ops.reference import fused as reference
 from grpo_cpu.native import compiler, cpu_flags
 
@@ -55,8 +56,14 @@ def test_frequencies_follow_the_softmax():
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 50, generator=random).bfloat16()
     rows = 40000
-    ids, _, _ = sample_token(logits.expand(rows, 50), torch.rand(rows, generator=random, dtype=torch.float64),
-                             temperature_B=torch.full((rows,), 0.7), top_k_B=None, top_p_B=None, min_p_B=None)
+    ids, _, _ = sample_token(
+        logits.expand(rows, 50),
+        torch.rand(rows, generator=random, dtype=torch.float64),
+        temperature_B=torch.full((rows,), 0.7),
+        top_k_B=None,
+        top_p_B=None,
+        min_p_B=None,
+    )
     want = (logits.double() / 0.7).softmax(-1)[0]
     count = torch.bincount(ids, minlength=50)
     # Chi-square with 49 degrees of freedom: above 94.6 in one of ten thousand.
@@ -67,8 +74,14 @@ def test_frequencies_follow_the_softmax():
 def test_ends_of_the_unit_interval_draw_tokens_with_a_probability(u):
     logits = torch.full((1, 2000), -float("inf"))
     logits[0, 700], logits[0, 1300] = 1.0, 2.0
-    ids, logprob, _ = sample_token(logits, torch.tensor([u], dtype=torch.float64), temperature_B=torch.ones(1),
-                                   top_k_B=None, top_p_B=None, min_p_B=None)
+    ids, logprob, _ = sample_token(
+        logits,
+        torch.tensor([u], dtype=torch.float64),
+        temperature_B=torch.ones(1),
+        top_k_B=None,
+        top_p_B=None,
+        min_p_B=None,
+    )
     assert ids.item() == (700 if u == 0 else 1300)
     want = torch.tensor([1.0, 2.0]).log_softmax(0)[0 if u == 0 else 1]
     torch.testing.assert_close(logprob[0], want)
@@ -76,7 +89,12 @@ def test_ends_of_the_unit_interval_draw_tokens_with_a_probability(u):
 
 def test_equal_logits_keep_the_lowest_ids_under_top_p_and_all_under_top_k():
     logits = torch.zeros(1, 40)
-    options = {"temperature_B": torch.ones(1), "top_k_B": None, "top_p_B": torch.tensor([0.5]), "min_p_B": None}
+    options = {
+        "temperature_B": torch.ones(1),
+        "top_k_B": None,
+        "top_p_B": torch.tensor([0.5]),
+        "min_p_B": None,
+    }
     last = torch.tensor([1 - 1e-12], dtype=torch.float64)
     assert sample_token(logits, last, **options)[0].item() == 19
     options |= {"top_k_B": torch.tensor([3]), "top_p_B": None}

@@ -89,6 +89,43 @@ std::tuple<Tensor, Tensor, Tensor, bool> sample(const Tensor& logits_, const Ten
   return {ids, logprob, logprob1, sound};
 }
 
+LogitRows logit_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor& logprob, Tensor& entropy,
+                     Tensor& lse) {
+  check_bf16(logits, "logits");
+  const int64_t rows = logits.size(0);
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous rows");
+  TORCH_CHECK(labels.scalar_type() == at::kLong && labels.is_contiguous() && labels.numel() == rows, "labels do not fit");
+  for (const Tensor& x : {logprob, entropy, lse})
+    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.numel() == rows, "a result does not fit");
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t label = labels.data_ptr<int64_t>()[i];
+    TORCH_CHECK_INDEX(label >= 0 && label < logits.size(1), "label ", label, " lies outside of the vocabulary of ",
+                      logits.size(1));
+  }
+  return {bits(logits), labels.data_ptr<int64_t>(), logprob.data_ptr<float>(), entropy.data_ptr<float>(),
+          lse.data_ptr<float>(), rows, logits.size(1), (float)(1 / temperature)};
+}
+
+void logprob_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor logprob, Tensor entropy,
+                  Tensor lse) {
+  logits_forward(logit_rows(logits, labels, temperature, logprob, entropy, lse));
+}
+
+void logprob_rows_backward(Tensor logits, const Tensor& labels, double temperature, const Tensor& g_logprob,
+                           const Tensor& g_entropy, Tensor entropy, Tensor lse) {
+  const int64_t rows = logits.size(0);
+  const Tensor gl = dense(g_logprob, at::kFloat, {rows}, "g_logprob"), ge = dense(g_entropy, at::kFloat, {rows}, "g_entropy");
+  logits_backward(logit_rows(logits, labels, temperature, entropy, entropy, lse), gl.data_ptr<float>(),
+                  ge.data_ptr<float>());
+}
+
+void accumulate(Tensor total, const Tensor& part_) {
+  const Tensor part = dense_bf16(part_, "part");
+  TORCH_CHECK(total.scalar_type() == at::kFloat && total.is_contiguous() && total.sizes() == part.sizes(),
+              "total has shape ", total.sizes(), ", part ", part.sizes());
+  add_rows(total.data_ptr<float>(), bits(part), part.numel());
+}
+
 using TensorList = std::vector<Tensor>;
 
 void adamw_step(const TensorList& params, const TensorList& grads, const TensorList& firsts,
@@ -131,6 +168,11 @@ TORCH_LIBRARY(grpo_cpu, m) {
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor", grpo::rope);
   m.def("sample(Tensor logits, Tensor u, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p)"
         " -> (Tensor, Tensor, Tensor, bool)", grpo::sample);
+  m.def("logprob_rows(Tensor logits, Tensor labels, float temperature, Tensor(a!) logprob, Tensor(b!) entropy,"
+        " Tensor(c!) lse) -> ()", grpo::logprob_rows);
+  m.def("logprob_rows_backward(Tensor(a!) logits, Tensor labels, float temperature, Tensor g_logprob,"
+        " Tensor g_entropy, Tensor entropy, Tensor lse) -> ()", grpo::logprob_rows_backward);
+  m.def("accumulate(Tensor(a!) total, Tensor part) -> ()", grpo::accumulate);
   m.def("adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float[] weight_decays,"
         " Tensor?[] copies, int step, float lr, float beta1, float beta2, float eps, float grad_scale) -> ()",
         grpo::adamw_step);

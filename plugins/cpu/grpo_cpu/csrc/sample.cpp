@@ -62,56 +62,92 @@ double weigh(const T* x, const Row& row) {
 // Keeps tokens above `border`, and of those at it the `ties` with the lowest ids.
 template <class T>
 void keep(const T* x, const Row& row, float border, int64_t ties) {
-  for (int64_t i = 0; i < row.vocab; ++i) {
-    const float v = to_float(x[i]);
-    if (v < border || (v == border && ties-- <= 0)) row.weight[i] = 0.f;
+  const __m512 line = _mm512_set1_ps(border);
+  for (int64_t i = 0; i < row.vocab; i += 16) {
+    const __mmask16 m = first(row.vocab - i);
+    const __m512 v = load(x + i, m);
+    __mmask16 out = _mm512_mask_cmp_ps_mask(m, v, line, _CMP_LT_OQ);
+    for (uint32_t equal = _mm512_mask_cmp_ps_mask(m, v, line, _CMP_EQ_OQ); equal; equal &= equal - 1)
+      if (ties-- <= 0) out |= (__mmask16)(equal & -equal);
+    _mm512_mask_storeu_ps(row.weight + i, out, _mm512_setzero_ps());
   }
 }
 
+// The logits above `line` that still have a weight, in `found`; returns their weights' sum.
 template <class T>
-void top_k(const T* x, const Row& row, int64_t k, std::vector<float>& sorted) {
-  sorted.resize(row.vocab);
-  for (int64_t i = 0; i < row.vocab; ++i) sorted[i] = to_float(x[i]);
-  std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
-  keep(x, row, sorted[k - 1], row.vocab);
+double gather(const T* x, const Row& row, float line, std::vector<float>& found) {
+  found.resize(row.vocab + 16);
+  float* out = found.data();
+  double mass = 0;
+  for (int64_t c = 0; c < row.chunks; ++c) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = c * CHUNK; i < std::min(row.vocab, (c + 1) * CHUNK); i += 16) {
+      const __mmask16 m = first(row.vocab - i);
+      const __m512 v = load(x + i, m), e = load(row.weight + i, m);
+      const __mmask16 in = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_GT_OQ), v,
+                                                   _mm512_set1_ps(line), _CMP_GT_OQ);
+      _mm512_storeu_ps(out, _mm512_maskz_compress_ps(in, v));
+      out += __builtin_popcount(in);
+      sum = _mm512_mask_add_ps(sum, in, sum, e);
+    }
+    mass += _mm512_reduce_add_ps(sum);
+  }
+  found.resize(out - found.data());
+  return mass;
+}
+
+// Most mass and the likeliest tokens lie near the top: looking at all tokens is the last resort. Gaps in units
+// of the tempered logits.
+constexpr double GAPS[] = {3.0, 6.0, 9.0, 12.0, std::numeric_limits<double>::infinity()};
+
+float line_at(const Row& row, double gap) { return (float)(row.top - gap / row.inverse_temperature); }
+
+template <class T>
+void top_k(const T* x, const Row& row, int64_t k, std::vector<float>& found) {
+  for (const double gap : GAPS) {
+    gather(x, row, line_at(row, gap), found);
+    if ((int64_t)found.size() >= k) break;
+  }
+  if ((int64_t)found.size() < k) return;  // the others have no weight
+  std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), std::greater<float>());
+  keep(x, row, found[k - 1], row.vocab);
 }
 
 // The likeliest tokens until their mass reaches p; the first stays whatever p is.
 template <class T>
-void top_p(const T* x, const Row& row, float p, std::vector<float>& sorted) {
-  double total = 0;
-  for (int64_t i = 0; i < row.vocab; ++i) total += row.weight[i];
-  const double wanted = (double)p * total;
-  for (const float least : {6e-6f, 0.f}) {  // most mass is in few tokens: sort only these where they do
-    sorted.clear();
-    double mass = 0;
-    for (int64_t i = 0; i < row.vocab; ++i)
-      if (row.weight[i] > least) sorted.push_back(to_float(x[i])), mass += row.weight[i];
-    if (mass >= wanted || least == 0.f) break;
-  }
-  std::sort(sorted.begin(), sorted.end(), std::greater<float>());
+void top_p(const T* x, const Row& row, float p, std::vector<float>& found) {
+  const double wanted = (double)p * gather(x, row, NEG_INF, found);
+  for (const double gap : GAPS)
+    if (gather(x, row, line_at(row, gap), found) >= wanted) break;
+  std::sort(found.begin(), found.end(), std::greater<float>());
   double before = 0;
   size_t n = 0;
-  const double scale = row.inverse_temperature;
-  do before += std::exp((sorted[n] - (double)row.top) * scale);
-  while (++n < sorted.size() && before < wanted);
-  const float border = sorted[n - 1];
-  keep(x, row, border, (int64_t)n - (std::lower_bound(sorted.begin(), sorted.end(), border, std::greater<float>()) -
-                                     sorted.begin()));
+  do before += std::exp((found[n] - (double)row.top) * row.inverse_temperature);
+  while (++n < found.size() && before < wanted);
+  const float border = found[n - 1];
+  const auto equal = std::lower_bound(found.begin(), found.end(), border, std::greater<float>());
+  keep(x, row, border, (int64_t)n - (equal - found.begin()));
+}
+
+// Tokens at least min_p times as likely as the first.
+template <class T>
+void above_min_p(const T* x, const Row& row, float min_p) {
+  const double line = row.top + std::log((double)min_p) / row.inverse_temperature;
+  float border = (float)line;
+  if ((double)border < line) border = std::nextafter(border, std::numeric_limits<float>::infinity());
+  keep(x, row, border, row.vocab);
 }
 
 template <class T>
-void filter(const T* x, const Row& row, int64_t k, float p, float min_p, std::vector<float>& sorted) {
-  if (k > 0 && k < row.vocab) top_k(x, row, k, sorted);
-  if (p < 1.f) top_p(x, row, p, sorted);
-  if (min_p > 0.f) {
-    const double floor = std::log((double)min_p);
-    for (int64_t i = 0; i < row.vocab; ++i)
-      if (((double)to_float(x[i]) - row.top) * row.inverse_temperature < floor) row.weight[i] = 0.f;
-  }
+void filter(const T* x, const Row& row, int64_t k, float p, float min_p, std::vector<float>& found) {
+  if (k > 0 && k < row.vocab) top_k(x, row, k, found);
+  if (p < 1.f) top_p(x, row, p, found);
+  if (min_p > 0.f) above_min_p(x, row, min_p);
   for (int64_t c = 0; c < row.chunks; ++c) {
-    row.chunk[c] = 0;
-    for (int64_t i = c * CHUNK; i < std::min(row.vocab, (c + 1) * CHUNK); ++i) row.chunk[c] += row.weight[i];
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = c * CHUNK; i < std::min(row.vocab, (c + 1) * CHUNK); i += 16)
+      sum = _mm512_add_ps(sum, load(row.weight + i, first(row.vocab - i)));
+    row.chunk[c] = _mm512_reduce_add_ps(sum);
   }
 }
 
@@ -129,7 +165,7 @@ int64_t invert(const Row& row, double target) {
 }
 
 template <class T>
-bool draw_row(const Draw& a, int64_t r, const Row& scratch, std::vector<float>& sorted) {
+bool draw_row(const Draw& a, int64_t r, const Row& scratch, std::vector<float>& found) {
   const T* x = (const T*)a.logits + r * a.vocab;
   Row row = scratch;
   if (!find_top(x, a.vocab, &row.top)) return false;
@@ -143,7 +179,7 @@ bool draw_row(const Draw& a, int64_t r, const Row& scratch, std::vector<float>& 
   } else {
     const int64_t k = a.top_k ? a.top_k[r] : 0;
     const float p = a.top_p ? a.top_p[r] : 1.f, min_p = a.min_p ? a.min_p[r] : 0.f;
-    if (k > 0 || p < 1.f || min_p > 0.f) filter(x, row, k, p, min_p, sorted);
+    if (k > 0 || p < 1.f || min_p > 0.f) filter(x, row, k, p, min_p, found);
     double total = 0;
     for (int64_t c = 0; c < row.chunks; ++c) total += row.chunk[c];
     id = invert(row, a.u[r] * total);
@@ -161,11 +197,11 @@ bool draw(const Draw& a) {
   at::parallel_for(0, a.rows, 1, [&](int64_t from, int64_t to) {
     thread_local Scratch<float> weights;
     thread_local Scratch<double> sums;
-    std::vector<float> sorted;
+    std::vector<float> found;
     const int64_t chunks = (a.vocab + CHUNK - 1) / CHUNK;
     const Row row{weights.get(a.vocab), sums.get(chunks), a.vocab, chunks, 0.f, 1.0};
     for (int64_t r = from; r < to; ++r)
-      if (!(a.wide ? draw_row<float>(a, r, row, sorted) : draw_row<bf16>(a, r, row, sorted))) sound = false;
+      if (!(a.wide ? draw_row<float>(a, r, row, found) : draw_row<bf16>(a, r, row, found))) sound = false;
   });
   return sound;
 }
