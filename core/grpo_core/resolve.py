@@ -202,7 +202,9 @@ def _reason(chosen: Offer, weighed: _Weighed, pin: str | None, fallback: bool) -
         reason = "pinned"
     else:
         others = len(weighed.fits) - 1
-        reason = f"rank {chosen.impl.rank}" + (f", {others} other{'s' * (others > 1)} fit" if others else "")
+        reason = f"rank {chosen.impl.rank}" + (
+            "" if not others else ", 1 other fits" if others == 1 else f", {others} others fit"
+        )
     return reason + (", FALLBACK allowed by fallback: reference" if fallback else "")
 
 

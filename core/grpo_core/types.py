@@ -23,7 +23,7 @@ class Sample:
     """Ground truth for a verifiable reward."""
     source: str = ""
     """Name of the dataset, for metrics by source."""
-    extra: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    extra: Mapping[str, Any] = field(default_factory=dict)
     """Any further columns of the row, for rewards."""
 
 

@@ -86,5 +86,12 @@ def _objection(impl: Impl, device: DeviceInfo, need: Need) -> str | None:
 
 def _spell(allowed: Container[object]) -> str:
     if isinstance(allowed, set | frozenset | tuple | list):
-        return "{" + ", ".join(sorted(map(str, allowed))) + "}"
+        return "{" + ", ".join(map(str, sorted(allowed, key=_order))) + "}"
     return str(allowed)
+
+
+def _order(value: object) -> tuple[bool, float, str]:
+    """Numbers by size, then the rest as text."""
+    if isinstance(value, int | float):
+        return (False, float(value), "")
+    return (True, 0.0, str(value))

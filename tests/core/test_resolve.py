@@ -65,6 +65,7 @@ LIMITS: list[tuple[Mapping[str, Any], str]] = [
     ({"dtype": {"float32", "float16"}}, "dtype=bfloat16 not in {float16, float32}"),
     ({"head_dim": range(8, 64, 8)}, "head_dim=64 not in range(8, 64, 8)"),
     ({"window": {True}}, "window=False not in {True}"),
+    ({"head_dim": {128, 32, 256}}, "head_dim=64 not in {32, 128, 256}"),
     (
         {"headdim": {64}},
         "limits 'headdim', which no need of attention.varlen states (did you mean 'head_dim'?)",

@@ -67,7 +67,7 @@ def test_the_example_loads_without_complaint(plugin: ModuleType) -> None:
 
 def test_the_example_is_chosen_bound_and_right(plugin: ModuleType) -> None:
     _, plan = plan_with(plugin, intermediate_size=128)
-    assert plan.choice("mlp.swiglu").chosen == "swish:in_place"
+    assert plan.choice("mlp.swiglu").chosen == "swish:plain"
     gate_up = torch.randn(5, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = bind(plan).mlp.swiglu(gate_up.float())
     gate, up = gate_up.split(128, dim=-1)
@@ -78,9 +78,9 @@ def test_the_example_is_chosen_bound_and_right(plugin: ModuleType) -> None:
 def test_the_example_refuses_with_the_reason_that_the_readme_quotes(plugin: ModuleType) -> None:
     _, plan = plan_with(plugin, intermediate_size=100)
     row = plan.choice("mlp.swiglu")
-    assert row.chosen != "swish:in_place"
+    assert row.chosen != "swish:plain"
     reasons = {passed.id: passed.reason for passed in row.passed}
-    assert reasons["swish:in_place"] in " ".join(README.split())
+    assert reasons["swish:plain"] in " ".join(README.split())
 
 
 def test_the_example_reward_is_registered(plugin: ModuleType) -> None:

@@ -77,8 +77,10 @@ def build(planned: PlannedRun, *, resume_from: Path | None) -> Parts:
     """Everything that the loop needs; fails before anything is written."""
     from ..session import build_parts
 
-    for warning in planned.loaded.warnings:
+    for warning in (*planned.loaded.warnings, *planned.catalogue.failures):
         print(f"warning: {warning}", file=sys.stderr)
+    for note in planned.plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     return build_parts(planned, resume_from=resume_from)
 
 

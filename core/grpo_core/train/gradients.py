@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ from .parallel import all_reduce_flat
 
 if TYPE_CHECKING:
     from ..ops.collectives import Group
-    from ..ops.memory import Memory
     from .parameters import FlatParameters
 
 NORM_PIECE = 1 << 20
@@ -33,89 +31,70 @@ def square_sums(tensors: Iterable[Tensor]) -> list[float]:
 
 
 class Gradients:
-    """Takes each parameter's gradient the moment it is complete.
+    """Takes each parameter's gradient into one flat buffer the moment it is complete.
 
-    With several micro-batches or ranks it is added to one flat float32 buffer and its own memory freed, so
-    that gradients in the compute dtype never pile up. With a single micro-batch there is nothing to add:
-    the gradient stays where autograd left it, and the buffer is never allocated.
+    Its own memory is freed at once, so that gradients neither pile up in the compute dtype nor lie between
+    activations and keep their memory from being given back. The buffer is float32; as long as no step had
+    more than one micro-batch on one rank there is nothing to add up, and it has the compute dtype.
     """
 
-    def __init__(self, flat: FlatParameters, memory: Memory) -> None:
+    def __init__(self, flat: FlatParameters) -> None:
         self.flat = flat
-        self.starts = [slot.start for slot in flat.slots]
-        self.memory = memory
         self.sum_P: Tensor | None = None
         self.views: list[Tensor] = []
         self.seen: set[int] = set()
-        self.single = True
         for index, parameter in enumerate(flat.parameters):
             parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
 
     def begin(self, *, single: bool) -> None:
         """Start a step; `single` promises one micro-batch on one rank."""
-        self.clear()
-        self.single = single
-        if not single and self.sum_P is None:
-            self.sum_P = torch.zeros(
-                self.flat.weights_P.shape, device=self.flat.weights_P.device, dtype=torch.float32
-            )
+        self.seen.clear()
+        weights_P = self.flat.weights_P
+        dtype = weights_P.dtype if single else torch.float32
+        if self.sum_P is None or (self.sum_P.dtype != dtype and not single):
+            self.release()
+            self.sum_P = torch.zeros(weights_P.shape, device=weights_P.device, dtype=dtype)
             views = self.flat.views(self.sum_P)
             self.views = [views[slot.name] for slot in self.flat.slots]
-            self.memory.hold("gradients", [self.sum_P])
 
-    def clear(self) -> None:
-        """Forget the gradients of the step."""
-        self.seen.clear()
-        for parameter in self.flat.parameters:
-            parameter.grad = None
+    def release(self) -> None:
+        """Free the buffer; the next step makes another."""
+        self.sum_P, self.views = None, []
+
+    def nbytes(self) -> int:
+        """Bytes held between steps."""
+        return 0 if self.sum_P is None else self.sum_P.nbytes
 
     def finish(self, group: Group) -> None:
         """Complete the sum: zeros for what no micro-batch touched, then over all ranks."""
-        if self.single:
-            for parameter in self.flat.parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            return
-        assert self.sum_P is not None
         for index, view in enumerate(self.views):
             if index not in self.seen:
                 view.zero_()
-        all_reduce_flat(self.sum_P, group)
+        all_reduce_flat(self.total(), group)
+
+    def total(self) -> Tensor:
+        """The flat sum of a step that has begun, zero between parameters."""
+        if self.sum_P is None:
+            raise RuntimeError("no step has begun")
+        return self.sum_P
 
     def norm(self) -> float:
-        """Euclidean norm over all parameters, squares summed in float64 over short float32 pieces."""
-        return math.sqrt(sum(square_sums(self._all())))
+        """Euclidean norm over all parameters, squares summed in float64 over short pieces."""
+        return math.sqrt(sum(square_sums([self.total()])))
 
     def read(self, start: int, stop: int, scratch: Tensor) -> Tensor:
         """float32 gradient of a range of the flat layout: a view of the sum, or written to `scratch`."""
-        if not self.single:
-            assert self.sum_P is not None
-            return self.sum_P[start:stop]
-        out = scratch[: stop - start].zero_()
-        first = bisect_right(self.starts, start) - 1
-        for index in range(first, bisect_left(self.starts, stop)):
-            slot, gradient = self.flat.slots[index], self.flat.parameters[index].grad
-            low, high = max(start, slot.start), min(stop, slot.stop)
-            if low < high and gradient is not None:
-                part = gradient.reshape(-1)[low - slot.start : high - slot.start]
-                out[low - start : high - start].copy_(part)
-        return out
-
-    def _all(self) -> list[Tensor]:
-        if not self.single:
-            return self.views
-        return [p.grad for p in self.flat.parameters if p.grad is not None]
+        part = self.total()[start:stop]
+        return part if part.dtype == torch.float32 else scratch[: stop - start].copy_(part)
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
-            if self.single:
+            if parameter.grad is None:
                 return
-            gradient = parameter.grad
-            assert gradient is not None
             if index in self.seen:
-                self.views[index].add_(gradient)
+                self.views[index].add_(parameter.grad)
             else:
-                self.views[index].copy_(gradient)
+                self.views[index].copy_(parameter.grad)
                 self.seen.add(index)
             parameter.grad = None
 

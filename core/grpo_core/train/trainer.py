@@ -35,9 +35,9 @@ class NativeTrainer:
     """The reference of `engine.train`; see `grpo_core.train.base.Trainer` for each method's contract.
 
     In bfloat16 it holds 12 bytes a parameter between steps (weight 2, remainder of the master 2, moments 8).
-    A step adds 2 for the gradients of a single micro-batch on one rank, else a float32 buffer of 4 that
-    stays; activations are bounded by the tokens of a micro-batch. `options`: `sleep` ("host" or "disk"),
-    where `sleep` keeps the state.
+    A step adds a buffer for gradients that stays: 2 as long as there is a single micro-batch on one rank,
+    else float32; activations are bounded by the tokens of a micro-batch. `options`: `sleep` ("host" or
+    "disk"), where `sleep` keeps the state.
     """
 
     def __init__(self, setup: TrainSetup) -> None:
@@ -49,7 +49,7 @@ class NativeTrainer:
         self.flat = FlatParameters(self.policy, device=setup.device, dtype=self.dtype)
         self.optimizer = Optimizer(self.flat, setup.backend.optim.adamw, setup.train)
         self.flat.fill(self._read_model, self.optimizer.exp_avg_P)
-        self.gradients = Gradients(self.flat, self.memory)
+        self.gradients = Gradients(self.flat)
         self.reference = self._frozen() if setup.algo.kl_coef > 0 else None
         self._hold()
         self._check_ranks()
@@ -83,7 +83,6 @@ class NativeTrainer:
         lr = learning_rate(self.optimizer.step_count + 1, self.setup.total_steps, config)
         scale = min(1.0, config.max_grad_norm / (norm + NORM_EPS)) if config.max_grad_norm > 0 else 1.0
         self.optimizer.update(self.gradients, lr=lr, grad_scale=scale)
-        self.gradients.clear()
         return StepMetrics(values=_metrics(tally, total) | {"grad_norm": norm, "lr": lr})
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -97,26 +96,21 @@ class NativeTrainer:
 
     def load(self, folder: Path) -> None:
         """See `Trainer.load`. Raises `CheckpointError`; the reference stays that of `model_path`."""
-        self.gradients.clear()
         load_state(folder, self.flat, self.optimizer, self.setup.weight_map)
         self._check_ranks()
 
     def sleep(self) -> None:
         """Free the state of the trainer; gradients are forgotten, the rest is kept for `wake`."""
-        self.gradients.clear()
+        self.gradients.release()
         self.memory.sleep(*self._kept(), keep=self.setup.train.options.get("sleep", "host"))
-        if self.gradients.sum_P is not None:
-            self.memory.sleep("gradients", keep="none")
         self.memory.empty_cache()
 
     def wake(self) -> None:
         """Undo `sleep`."""
         self.memory.wake(*self._kept())
-        if self.gradients.sum_P is not None:
-            self.memory.wake("gradients")
 
     def describe(self) -> Mapping[str, Any]:
-        """Name, dtype, parameters and bytes held; of gradients the most that a step holds."""
+        """Name, dtype, parameters and bytes held."""
         flat, optimizer = self.flat, self.optimizer
         remainder = 0 if flat.remainder_P is None else flat.remainder_P.nbytes
         reference = () if self.reference is None else self.reference.parameters()
@@ -127,15 +121,13 @@ class NativeTrainer:
             "weights_bytes": flat.weights_P.nbytes,
             "masters_bytes": remainder,
             "moments_bytes": optimizer.exp_avg_P.nbytes + optimizer.exp_avg_sq_P.nbytes,
-            "gradients_bytes": flat.weights_P.nbytes
-            if self.gradients.sum_P is None
-            else self.gradients.sum_P.nbytes,
+            "gradients_bytes": self.gradients.nbytes(),
             "reference_bytes": sum(parameter.nbytes for parameter in reference),
         }
 
     def close(self) -> None:
         """Drop gradients; the rest goes with the object."""
-        self.gradients.clear()
+        self.gradients.release()
 
     def _decoder(self) -> Decoder:
         return Decoder(self.setup.arch, self.setup.backend, device=self.setup.device, dtype=self.dtype)
@@ -228,7 +220,6 @@ class NativeTrainer:
         return ""
 
     def _refuse(self, trouble: str) -> None:
-        self.gradients.clear()
         raise NonFiniteError(
             "the policy update has a loss or gradient that is NaN or infinite",
             why=trouble or "the sum of the gradients of all micro-batches overflows",

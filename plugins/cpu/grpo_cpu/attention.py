@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from grpo_core.ops.reference.attention import bounds, parent_list
 from torch import Tensor
+
+from grpo_core.ops.reference.attention import bounds, parent_list
 
 from .tiles import Tile, TilePlan, plan_tiles
 

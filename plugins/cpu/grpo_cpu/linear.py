@@ -1,17 +1,28 @@
 """A linear layer whose weight is packed once in oneDNN's own layout.
 
-The two operators are torch's own for its compiler; `unavailable` says whether this torch has them, and the
-layer itself is only planned where it does.
+The two operators belong to torch's compiler and are not public. A torch without them fails when this module
+is bound, before any training, with the pin that mends it.
 """
 
 from __future__ import annotations
 
 import torch
-from grpo_core.ops.reference.fused import check_same
 from torch import Tensor
+
+from grpo_core.errors import PluginError
+from grpo_core.ops.reference.fused import check_same
 
 ROWS_HINT = 64
 """Rows of x that the packed layout is chosen for; others work too."""
+
+if not (
+    hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+):
+    raise PluginError(
+        "packed linear layers cannot be used with this torch",
+        why=f"torch {torch.__version__} lacks mkldnn::_reorder_linear_weight or _linear_pointwise",
+        fix="set ops: {linear.packed: core:reference}, or install a torch built with oneDNN",
+    )
 
 
 class OneDnnLinear:

@@ -31,7 +31,7 @@ def logprob(
     if group is not None and group.size > 1:
         raise NotImplementedError("the vocabulary cannot be split over ranks here; pin core:reference")
     V = lm_head_VC.shape[0]
-    if labels_T.numel() and not (0 <= int(labels_T.min()) and int(labels_T.max()) < V):
+    if bool(((labels_T < 0) | (labels_T >= V)).any()):
         raise IndexError(f"a label lies outside of the vocabulary of {V}")
     logprob_T, entropy_T = _LogProb.apply(hidden_TC, lm_head_VC, labels_T.long(), temperature)
     return logprob_T, entropy_T

@@ -40,7 +40,9 @@ def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool, 
     acc = torch.promote_types(x_THD.dtype, torch.float32)
     y_THD = torch.empty_like(x_THD, memory_format=torch.contiguous_format)
     sign = -1 if back else 1
-    first, second = (slice(0, 2 * R, 2), slice(1, 2 * R, 2)) if interleaved else (slice(0, R), slice(R, 2 * R))
+    first, second = (
+        (slice(0, 2 * R, 2), slice(1, 2 * R, 2)) if interleaved else (slice(0, R), slice(R, 2 * R))
+    )
     for part in pieces(T, H * D):
         cos_t1R, sin_t1R = cos_TR[part, None].to(acc), sin_TR[part, None].to(acc)
         wide = x_THD[part].to(acc)

@@ -58,7 +58,12 @@ class TilePlan:
 
 @lru_cache(maxsize=8)
 def plan_tiles(
-    ends: tuple[int, ...], parents: tuple[int, ...], heads: int, rep: int, causal: bool, window: int | None,
+    ends: tuple[int, ...],
+    parents: tuple[int, ...],
+    heads: int,
+    rep: int,
+    causal: bool,
+    window: int | None,
     dtype: torch.dtype,
 ) -> TilePlan:
     """Cut segments into tiles. `ends` are cumulative lengths, `parents` indices or -1, `rep` is H // K."""
@@ -96,9 +101,7 @@ def _families(ends: Sequence[int], parents: Sequence[int]) -> dict[int, list[tup
     return {parent: sorted(rows, key=lambda row: -row[1]) for parent, rows in families.items()}
 
 
-def _buckets(
-    lengths: list[tuple[int, int]], P: int, heads: int, causal: bool
-) -> list[list[tuple[int, int]]]:
+def _buckets(lengths: list[tuple[int, int]], P: int, heads: int, causal: bool) -> list[list[tuple[int, int]]]:
     """Neighbours in length whose pads are few; without a causal mask pads would be seen, so none at all."""
     buckets: list[list[tuple[int, int]]] = []
     for row in lengths:
@@ -112,9 +115,7 @@ def _buckets(
     return buckets
 
 
-def _padded_rows(
-    ends: Sequence[int], bucket: list[tuple[int, int]], L: int
-) -> tuple[Tensor, Tensor | None]:
+def _padded_rows(ends: Sequence[int], bucket: list[tuple[int, int]], L: int) -> tuple[Tensor, Tensor | None]:
     starts = torch.tensor([ends[segment] for segment, _ in bucket])
     counts = torch.tensor([length for _, length in bucket])
     at_nL = torch.arange(L).expand(len(bucket), L)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+import platform
+from collections.abc import Callable, Container, Iterable, Mapping
 
-from grpo_core.impl import NOTHING, Impl
+from grpo_core.impl import NOTHING, DeviceInfo, Impl, Need
 
 CACHE_ID = "cpu:torch"
 _FLOATS: Mapping[str, Container[object]] = {"dtype": frozenset({"bfloat16", "float32"})}
+
+
+def no_onednn(info: DeviceInfo, need: Need) -> str | None:
+    """Why packed layers are refused: torch has oneDNN on x86-64 and 64-bit Arm only."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64", "aarch64", "arm64"):
+        return None
+    return f"torch is not built with oneDNN for {machine}"
 
 
 def offers() -> Iterable[tuple[str, Impl]]:
@@ -24,14 +33,17 @@ def offers() -> Iterable[tuple[str, Impl]]:
     yield "fused_ops", _offer("sample.token", "sample:sample_token", _FLOATS)
     yield "fused_ops", _offer("loss.logprob", "logprob:logprob", _FLOATS, backward=True)
     yield "fused_ops", _offer("optim.adamw", "adamw:adamw", {"dtype": frozenset({"float32"})})
-    yield "fused_ops", _offer("linear.packed", "linear:OneDnnLinear", _FLOATS, name="onednn")
+    yield "fused_ops", _offer("linear.packed", "linear:OneDnnLinear", _FLOATS, name="onednn", when=no_onednn)
     yield "memory", _offer("memory.allocator", "memory:CpuMemory", NOTHING, name="glibc")
-    yield "collectives", _offer("comm.collectives", "collectives:Gloo", {"world": range(2, 4097)}, name="gloo")
+    yield (
+        "collectives",
+        _offer("comm.collectives", "collectives:Gloo", {"world": range(2, 4097)}, name="gloo"),
+    )
 
 
 def _offer(
     op: str, target: str, limits: Mapping[str, Container[object]], *, name: str = "torch",
-    backward: bool = False,
+    backward: bool = False, when: Callable[[DeviceInfo, Need], str | None] | None = None,
 ) -> Impl:  # fmt: skip
     return Impl(
         op=op,
@@ -39,6 +51,7 @@ def _offer(
         device="cpu",
         load=f"grpo_cpu.{target}",
         limits=limits,
+        when=when,
         backward=backward,
         deterministic=True,
         rank=50,

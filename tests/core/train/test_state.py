@@ -95,7 +95,7 @@ def test_load_refuses_a_folder_that_is_not_whole_and_changes_nothing(
 def test_sleep_frees_the_state_and_wake_brings_it_back(keep: str, dtype: str, trainer_of: Make) -> None:
     settings: dict[str, Any] = {"dtype": dtype, "options": {"sleep": keep}, "algo": {"kl_coef": 0.1}}
     trainer, other = trainer_of(**settings), trainer_of(**settings)
-    # without a KL in the loss, and with several micro-batches so that the flat gradient buffer exists
+    # without a KL in the loss, so that the batches need no reference log-probs
     for each in (trainer, other):
         each.setup = other.setup.__class__(
             **{f: getattr(each.setup, f) for f in each.setup.__slots__ if f != "algo"},
@@ -104,9 +104,10 @@ def test_sleep_frees_the_state_and_wake_brings_it_back(keep: str, dtype: str, tr
         advance(each, 0, 1)
     trainer.sleep()
     held = [trainer.flat.weights_P, trainer.optimizer.exp_avg_P, trainer.optimizer.exp_avg_sq_P]
-    held += [trainer.gradients.sum_P, trainer.policy.layers[0].mlp.down.weight]
+    held += [trainer.policy.layers[0].mlp.down.weight]
     held += list(trainer.reference.parameters())
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in held)
+    assert trainer.gradients.nbytes() == 0
     trainer.wake()
     batches = packed(make_scored())
     wanted = other.logprobs(batches, reference=True)
@@ -127,7 +128,9 @@ def test_describe_counts_the_bytes(hf_model: Any, trainer_of: Make) -> None:
     assert 0 <= told["weights_bytes"] - 2 * count < 2 * slack
     assert told["masters_bytes"] == told["weights_bytes"]
     assert told["moments_bytes"] == 4 * told["weights_bytes"]
-    assert told["gradients_bytes"] == told["weights_bytes"]
+    assert told["gradients_bytes"] == 0
+    trainer.gradients.begin(single=True)
+    assert trainer.describe()["gradients_bytes"] == told["weights_bytes"]
     trainer.gradients.begin(single=False)
     assert trainer.describe()["gradients_bytes"] == 2 * told["weights_bytes"]
     exact = trainer_of(dtype="float32").describe()
