@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .embedding import lookup
 from .rope import length_limit, rope_table
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class Decoder(nn.Module):
         """
         tables = [self._table(rope, positions_T, max_seqlen) for rope in self.ropes]
         packing = Packing(cu_seqlens=cu_seqlens, parents=parents, max_seqlen=max_seqlen)
-        x_TC, residual_TC = F.embedding(tokens_T, self.embed.weight), None
+        x_TC, residual_TC = lookup(self.embed.weight, tokens_T), None
         for layer, rope in zip(self.layers, self.rope_of_layer, strict=True):
             inputs = (x_TC, residual_TC, *tables[rope], packing)
             if recompute and torch.is_grad_enabled():

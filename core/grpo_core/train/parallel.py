@@ -75,12 +75,12 @@ def merge(mine: Tally, group: Group) -> Tally:
     return merged
 
 
-def all_reduce_flat(sum_P: Tensor, group: Group) -> None:
+def all_reduce_flat(sum_P: Tensor, group: Group, *, bucket: int = BUCKET) -> None:
     """Sum a flat float32 buffer over the ranks in place, bucket by bucket."""
     if group.size == 1:
         return
-    for start in range(0, sum_P.shape[0], BUCKET):
-        group.all_reduce(sum_P[start : start + BUCKET], op="sum")
+    for start in range(0, sum_P.shape[0], bucket):
+        group.all_reduce(sum_P[start : start + bucket], op="sum")
 
 
 def same_everywhere(values: Sequence[float], group: Group) -> bool:

@@ -134,13 +134,11 @@ class Gloo:
 
     def group(self, ranks: Sequence[int]) -> GlooGroup:
         """See `Collectives.group`; members call it, others need not. Raises ValueError for ranks that are
-        not distinct ranks of the world with this one among them."""
+        not ascending ranks of the world with this one among them."""
         wanted = list(ranks)
-        if (
-            len(set(wanted)) != len(wanted)
-            or self.rank not in wanted
-            or not set(wanted) <= set(range(self.world))
-        ):
+        # torch sorts the ranks of a group without a word: any other order would be another than asked for.
+        ascending = wanted == sorted(set(wanted))
+        if not ascending or self.rank not in wanted or not set(wanted) <= set(range(self.world)):
             raise ValueError(f"rank {self.rank} of {self.world} cannot make a group of {wanted}")
         if wanted == list(range(self.world)):
             return GlooGroup(wanted, self.rank, dist.group.WORLD)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.errors import PlanError
+
 from .rows import pieces
 
 CHUNK = 1 << 25
@@ -25,11 +27,15 @@ def logprob(
     hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, *, temperature: float, group: Any
 ) -> tuple[Tensor, Tensor]:
     """See `grpo_core.ops.fused.LogProb`. Raises ValueError for a temperature that is not above 0,
-    IndexError for a label outside of the vocabulary, NotImplementedError for a group of several ranks."""
+    IndexError for a label outside of the vocabulary, PlanError for a group of several ranks."""
     if not temperature > 0:
         raise ValueError(f"log-probs need a temperature above 0, not {temperature}")
     if group is not None and group.size > 1:
-        raise NotImplementedError("the vocabulary cannot be split over ranks here; pin core:reference")
+        raise PlanError(
+            f"log-probs over a vocabulary split between {group.size} ranks",
+            why="loss.logprob of cpu:torch takes the whole vocabulary",
+            fix="set ops: {loss.logprob: core:reference}",
+        )
     V = lm_head_VC.shape[0]
     if bool(((labels_T < 0) | (labels_T >= V)).any()):
         raise IndexError(f"a label lies outside of the vocabulary of {V}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_core.backend import reference_backend
+from grpo_core.backend import Backend, reference_backend
 from grpo_core.errors import CheckpointError, ConfigError, DataError, GrpoError
 from grpo_core.ops.reference.fused import PlainLinear
 from grpo_core.types import Prompt, Sampling
@@ -210,10 +210,25 @@ def test_new_weights_take_effect_in_place(tiny: Any, engine: Any, toolbox: Any) 
     assert {name: tensor.data_ptr() for name, tensor in made._weights.plain.items()} == pointers
 
 
+def copying_backend(layer: type[PlainLinear]) -> Backend:
+    backend = reference_backend()
+    return dataclasses.replace(backend, linear=dataclasses.replace(backend.linear, packed=layer))
+
+
+class Copying(PlainLinear):
+    """A packed layer that works on a copy of its own, as oneDNN's."""
+
+    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+        super().__init__(weight_NK.clone(), None if bias_N is None else bias_N.clone())
+
+    def nbytes(self) -> int:
+        return self.weight_NK.nbytes
+
+
 def test_a_tied_head_follows_the_embedding(tiny: Any, engine: Any, toolbox: Any) -> None:
     # vLLM on CPU kept the old head after an update of a tied model (rollout log-probs off by 0.15).
     old, new = tiny("llama-tied", 0), tiny("llama-tied", 1)
-    made = engine(old)
+    made = engine(old, backend=copying_backend(Copying))
     made.load_weights(new.tensors(), 2)
     completion = toolbox.run(made, toolbox.prompts_of([5], 1))[0, 0]
     prompt = toolbox.prompts_of([5], 1)[0].token_ids
@@ -226,11 +241,9 @@ def test_a_load_never_holds_more_than_one_layers_buffer(tiny: Any, engine: Any, 
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    class Copying(PlainLinear):
-        """A packed layer with a copy of its own, as oneDNN's; counts what it was given and still lives."""
-
+    class Counting(Copying):
         def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
-            super().__init__(weight_NK.clone(), None if bias_N is None else bias_N.clone())
+            super().__init__(weight_NK, bias_N)
             self.count(weight_NK)
 
         def update(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
@@ -242,13 +255,8 @@ def test_a_load_never_holds_more_than_one_layers_buffer(tiny: Any, engine: Any, 
             alive.append(weakref.ref(weight_NK))
             most = max(most, sum(ref() is not None for ref in alive))
 
-        def nbytes(self) -> int:
-            return self.weight_NK.nbytes
-
     model = tiny("llama")
-    backend = reference_backend()
-    backend = dataclasses.replace(backend, linear=dataclasses.replace(backend.linear, packed=Copying))
-    made = engine(model, backend=backend)
+    made = engine(model, backend=copying_backend(Counting))
     made.load_weights(iter(tiny("llama", 1).tensors()), 2)
     assert len(alive) == 2 * (4 * len(model.arch.layers) + 1)
     assert most == 1

@@ -105,6 +105,25 @@ def test_a_sequence_that_an_empty_cache_cannot_hold_is_an_error_not_a_deadlock()
             scheduler.start()
 
 
+def test_prompts_that_page_rounding_left_without_room_for_a_sample_give_way() -> None:
+    # By tokens all five groups of 1 + 2 fit into 16, but each prompt takes a whole page of the four.
+    slots = PagedSlots(4, 4, 99)
+    scheduler = Scheduler(
+        slots, prompt_tokens=np.full(5, 1), group_sizes=np.full(5, 2), new_tokens=np.full(5, 1),
+        max_sequences=16, max_tokens=16,
+    )  # fmt: skip
+    assert len(scheduler.to_prefill()) == 4
+    starts = scheduler.start()
+    assert starts and {start.group for start in starts} == {0}
+    finished = 0
+    while not scheduler.done:
+        finished += len(starts)
+        scheduler.finish([start.group for start in starts], [start.slot for start in starts])
+        scheduler.to_prefill()
+        starts = scheduler.start()
+    assert finished == 10 and slots.free_pages == 4
+
+
 def test_new_prompts_wait_for_an_eighth_of_the_lanes() -> None:
     scheduler = Scheduler(
         PagedSlots(1000, 1, 99), prompt_tokens=np.full(40, 2), group_sizes=np.full(40, 1),

@@ -14,10 +14,10 @@ constexpr int64_t PIECE = 1 << 15;
 
 void update(const AdamWPart& part, const AdamWStep& s, int64_t from, int64_t to) {
   const __m512 scale = _mm512_set1_ps(s.grad_scale), decay = _mm512_set1_ps(part.decay);
-  const __m512 pull1 = _mm512_set1_ps(s.pull1), pull2 = _mm512_set1_ps(s.pull2), beta2 = _mm512_set1_ps(s.beta2);
+  const __m512 pull1 = _mm512_set1_ps(s.pull1), pull2 = _mm512_set1_ps(s.pull2);
+  const __m512 beta2 = _mm512_set1_ps(s.beta2);
   const __m512 rate = _mm512_set1_ps(s.rate), unbias = _mm512_set1_ps(s.unbias), eps = _mm512_set1_ps(s.eps);
-  for (int64_t i = from; i < to; i += 16) {
-    const __mmask16 k = first(to - i);
+  each16(from, to, [&](int64_t i, auto k) {
     const __m512 g = _mm512_mul_ps(load(part.grad + i, k), scale);
     __m512 m = load(part.first + i, k), v = load(part.second + i, k);
     m = _mm512_fmadd_ps(_mm512_sub_ps(g, m), pull1, m);
@@ -29,7 +29,7 @@ void update(const AdamWPart& part, const AdamWStep& s, int64_t from, int64_t to)
     store(part.second + i, v, k);
     store(part.param + i, p, k);
     if (part.copy) store(part.copy + i, p, k);
-  }
+  });
 }
 
 }  // namespace

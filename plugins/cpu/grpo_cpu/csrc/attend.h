@@ -80,7 +80,8 @@ static inline void accumulate_half(__m512 (&acc)[MR][NV], const bf16* a, ptrdiff
   for (int j = 0; j < NV; ++j) {
     const __m512bh column = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(v + 32 * j), keep);
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], broadcast_pair(a + i * a_row), column);
+    for (int i = 0; i < MR; ++i)
+      acc[i][j] = _mm512_dpbf16_ps(acc[i][j], broadcast_pair(a + i * a_row), column);
   }
 }
 
@@ -108,8 +109,8 @@ static inline void weigh(const bf16* p, ptrdiff_t p_row, const KeyBlock* blocks,
 }
 
 template <int MR>
-static void weigh_rows(int64_t m, const bf16* p, ptrdiff_t p_row, const KeyBlock* blocks, int64_t n, int64_t e,
-                       const float* inverse, bf16* o, ptrdiff_t o_row) {
+static void weigh_rows(int64_t m, const bf16* p, ptrdiff_t p_row, const KeyBlock* blocks, int64_t n,
+                       int64_t e, const float* inverse, bf16* o, ptrdiff_t o_row) {
   for (; m >= MR; m -= MR, p += MR * p_row, inverse += MR, o += MR * o_row) {
     int64_t column = 0;
     for (; column + 64 <= e; column += 64)
@@ -134,7 +135,8 @@ static inline void attend(const Rows& rows, const KeyBlock* blocks, int64_t n, c
   const int64_t width = std::max<int64_t>(n, 1) * BLOCK;
   float* s = scratch.get(rows.count * width);
   for (int64_t b = 0; b < n; ++b)
-    gemm<false>(rows.count, BLOCK, head.d / 2, rows.q, rows.q_row, 2, blocks[b].k, 2 * BLOCK, s + b * BLOCK, width);
+    gemm<false>(rows.count, BLOCK, head.d / 2, rows.q, rows.q_row, 2, blocks[b].k, 2 * BLOCK, s + b * BLOCK,
+                width);
   float inverse[64];
   for (int64_t m = 0; m < rows.count; ++m) {
     float top;

@@ -13,8 +13,8 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 inline void check_bf16(const Tensor& x, const char* name) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_cpu(), name, " must be a bfloat16 tensor on the CPU, not ",
-              x.scalar_type(), " on ", x.device());
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_cpu(), name,
+              " must be a bfloat16 tensor on the CPU, not ", x.scalar_type(), " on ", x.device());
 }
 
 inline bf16* bits(const Tensor& x) { return reinterpret_cast<bf16*>(x.data_ptr<at::BFloat16>()); }

@@ -7,21 +7,23 @@ namespace {
 CacheView view(const Tensor& k, const Tensor& v, const Tensor& table) {
   check_bf16(k, "keys");
   check_bf16(v, "values");
-  TORCH_CHECK(k.dim() == 5 && v.dim() == 5 && k.is_contiguous() && v.is_contiguous(), "not the storage of a cache");
-  TORCH_CHECK(table.scalar_type() == at::kInt && table.is_contiguous() && table.dim() == 2, "not a slot table");
-  return {bits(k), bits(v), table.data_ptr<int32_t>(), table.size(0), (table.size(1) - 4) / 2, k.size(0), k.size(1),
-          2 * k.size(2), v.size(3)};
+  TORCH_CHECK(k.dim() == 5 && v.dim() == 5 && k.is_contiguous() && v.is_contiguous(),
+              "not the storage of a cache");
+  TORCH_CHECK(table.scalar_type() == at::kInt && table.is_contiguous() && table.dim() == 2,
+              "not a slot table");
+  return {bits(k), bits(v), table.data_ptr<int32_t>(), table.size(0), (table.size(1) - 4) / 2, k.size(0),
+          k.size(1), 2 * k.size(2), v.size(3)};
 }
 
 void check_room(const CacheView& c, const Tensor& slots, const Tensor& positions) {
   const int64_t bad =
       cache_check(c, slots.data_ptr<int64_t>(), positions.data_ptr<int64_t>(), slots.numel());
-  TORCH_CHECK_INDEX(bad < 0, "slot ", slots.data_ptr<int64_t>()[bad < 0 ? 0 : bad], " has no room of its own at position ",
-                    positions.data_ptr<int64_t>()[bad < 0 ? 0 : bad]);
+  TORCH_CHECK_INDEX(bad < 0, "slot ", slots.data_ptr<int64_t>()[bad < 0 ? 0 : bad],
+                    " has no room of its own at position ", positions.data_ptr<int64_t>()[bad < 0 ? 0 : bad]);
 }
 
-void write(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& k_, const Tensor& v_,
-           const Tensor& slots_, const Tensor& positions_) {
+void write(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& k_,
+           const Tensor& v_, const Tensor& slots_, const Tensor& positions_) {
   const CacheView c = view(k_store, v_store, table);
   const Tensor k = heads(k_, "k"), v = heads(v_, "v");
   const int64_t tokens = k.size(0);
@@ -31,8 +33,8 @@ void write(const Tensor& k_store, const Tensor& v_store, const Tensor& table, co
   const Tensor positions = dense(positions_, at::kLong, {tokens}, "positions");
   if (!tokens) return;
   check_room(c, slots, positions);
-  cache_write(c, bits(k), k.stride(0), k.stride(1), bits(v), v.stride(0), v.stride(1), slots.data_ptr<int64_t>(),
-              positions.data_ptr<int64_t>(), tokens);
+  cache_write(c, bits(k), k.stride(0), k.stride(1), bits(v), v.stride(0), v.stride(1),
+              slots.data_ptr<int64_t>(), positions.data_ptr<int64_t>(), tokens);
 }
 
 Tensor attend(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& q_,
@@ -60,16 +62,18 @@ Tensor attend(const Tensor& k_store, const Tensor& v_store, const Tensor& table,
   if (!q.size(0)) return o;
   const int64_t bad =
       cache_check_lengths(c, slots.data_ptr<int64_t>(), lengths.data_ptr<int64_t>(), sequences);
-  TORCH_CHECK_INDEX(bad < 0, "slot ", slots.data_ptr<int64_t>()[bad < 0 ? 0 : bad], " holds fewer tokens than its length");
+  TORCH_CHECK_INDEX(bad < 0, "slot ", slots.data_ptr<int64_t>()[bad < 0 ? 0 : bad],
+                    " holds fewer tokens than its length");
   cache_attend(c, {bits(q), q.stride(0), q.stride(1), bits(o), slots.data_ptr<int64_t>(),
-                   lengths.data_ptr<int64_t>(), starts_ ? starts.data_ptr<int64_t>() : nullptr, sequences, q.size(1),
-                   (float)scale, window});
+                   lengths.data_ptr<int64_t>(), starts_ ? starts.data_ptr<int64_t>() : nullptr, sequences,
+                   q.size(1), (float)scale, window});
   return o;
 }
 
-Tensor step(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& qkv, const Tensor& cos_,
-            const Tensor& sin_, const Tensor& positions_, const Tensor& slots_, int64_t num_heads, double scale,
-            int64_t window, bool interleaved, const MaybeTensor& q_norm_, const MaybeTensor& k_norm_, double eps) {
+Tensor step(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& qkv,
+            const Tensor& cos_, const Tensor& sin_, const Tensor& positions_, const Tensor& slots_,
+            int64_t num_heads, double scale, int64_t window, bool interleaved, const MaybeTensor& q_norm_,
+            const MaybeTensor& k_norm_, double eps) {
   const CacheView c = view(k_store, v_store, table);
   check_bf16(qkv, "qkv");
   const int64_t sequences = qkv.size(0), width = (num_heads + c.kv_heads) * c.d + c.kv_heads * c.e;
@@ -90,9 +94,9 @@ Tensor step(const Tensor& k_store, const Tensor& v_store, const Tensor& table, c
   Tensor o = at::empty({sequences, num_heads * c.e}, qkv.options());
   if (!sequences) return o;
   check_room(c, slots, positions);
-  cache_step(c, {bits(qkv), qkv.stride(0), cos.data_ptr<float>(), sin.data_ptr<float>(), bits(q_norm), bits(k_norm),
-                 positions.data_ptr<int64_t>(), slots.data_ptr<int64_t>(), bits(o), sequences, num_heads, pairs, window,
-                 (float)scale, (float)eps, interleaved});
+  cache_step(c, {bits(qkv), qkv.stride(0), cos.data_ptr<float>(), sin.data_ptr<float>(), bits(q_norm),
+                 bits(k_norm), positions.data_ptr<int64_t>(), slots.data_ptr<int64_t>(), bits(o), sequences,
+                 num_heads, pairs, window, (float)scale, (float)eps, interleaved});
   return o;
 }
 
@@ -105,6 +109,6 @@ TORCH_LIBRARY_FRAGMENT(grpo_cpu, m) {
   m.def("cache_attend(Tensor k_store, Tensor v_store, Tensor table, Tensor q, Tensor? starts, Tensor lengths,"
         " Tensor slots, float scale, int window) -> Tensor", grpo::attend);
   m.def("cache_step(Tensor(a!) k_store, Tensor(b!) v_store, Tensor table, Tensor qkv, Tensor cos, Tensor sin,"
-        " Tensor positions, Tensor slots, int num_heads, float scale, int window, bool interleaved, Tensor? q_norm,"
-        " Tensor? k_norm, float eps) -> Tensor", grpo::step);
+        " Tensor positions, Tensor slots, int num_heads, float scale, int window, bool interleaved,"
+        " Tensor? q_norm, Tensor? k_norm, float eps) -> Tensor", grpo::step);
 }

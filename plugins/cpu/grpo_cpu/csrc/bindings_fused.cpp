@@ -16,7 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& w_, 
   MaybeTensor residual;
   if (residual_) {
     residual = dense_bf16(*residual_, "residual");
-    TORCH_CHECK(residual->sizes() == x.sizes(), "residual has shape ", residual->sizes(), ", wanted ", x.sizes());
+    TORCH_CHECK(residual->sizes() == x.sizes(), "residual has shape ", residual->sizes(), ", wanted ",
+                x.sizes());
   }
   Tensor y = at::empty_like(x), total = residual ? at::empty_like(x) : x;
   Tensor inverse = at::empty({keep ? rows : 0}, x.options().dtype(at::kFloat));
@@ -26,7 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& w_, 
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& total, const Tensor& w, const Tensor& inverse,
-                                             const Tensor& dy_, const MaybeTensor& dtotal_, bool zero_centered) {
+                                             const Tensor& dy_, const MaybeTensor& dtotal_,
+                                             bool zero_centered) {
   const Tensor dy = dense_bf16(dy_, "dy"), w_ = w.contiguous();
   MaybeTensor dtotal;
   if (dtotal_) dtotal = dense_bf16(*dtotal_, "dtotal");
@@ -61,17 +63,19 @@ Tensor rope(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, bool inter
   TORCH_CHECK(2 * pairs <= x.size(2), "cos turns ", 2 * pairs, " dimensions of ", x.size(2));
   Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel())
-    rotate({bits(x), x.stride(0), x.stride(1), bits(y), cos.data_ptr<float>(), sin.data_ptr<float>(), x.size(0),
-            x.size(1), x.size(2), pairs, interleaved, inverse});
+    rotate({bits(x), x.stride(0), x.stride(1), bits(y), cos.data_ptr<float>(), sin.data_ptr<float>(),
+            x.size(0), x.size(1), x.size(2), pairs, interleaved, inverse});
   return y;
 }
 
 // The last result is false where a row holds NaN, +inf or nothing but -inf.
-std::tuple<Tensor, Tensor, Tensor, bool> sample(const Tensor& logits_, const Tensor& u_, const Tensor& temperature_,
-                                                const MaybeTensor& top_k_, const MaybeTensor& top_p_,
+std::tuple<Tensor, Tensor, Tensor, bool> sample(const Tensor& logits_, const Tensor& u_,
+                                                const Tensor& temperature_, const MaybeTensor& top_k_,
+                                                const MaybeTensor& top_p_,
                                                 const MaybeTensor& min_p_) {
   const bool wide = logits_.scalar_type() != at::kBFloat16;
-  TORCH_CHECK(logits_.dim() == 2 && logits_.size(1) > 0, "logits must be [rows, vocabulary], not ", logits_.sizes());
+  TORCH_CHECK(logits_.dim() == 2 && logits_.size(1) > 0, "logits must be [rows, vocabulary], not ",
+              logits_.sizes());
   const Tensor logits = wide ? logits_.to(at::kFloat).contiguous() : logits_.contiguous();
   const int64_t rows = logits.size(0);
   const Tensor u = dense(u_, at::kDouble, {rows}, "u");
@@ -83,38 +87,42 @@ std::tuple<Tensor, Tensor, Tensor, bool> sample(const Tensor& logits_, const Ten
   Tensor ids = at::empty({rows}, logits.options().dtype(at::kLong));
   Tensor logprob = at::empty({rows}, logits.options().dtype(at::kFloat)), logprob1 = at::empty_like(logprob);
   const bool sound = draw({logits.data_ptr(), wide, u.data_ptr<double>(), temperature.data_ptr<float>(),
-                           top_p_ ? top_p.data_ptr<float>() : nullptr, min_p_ ? min_p.data_ptr<float>() : nullptr,
+                           top_p_ ? top_p.data_ptr<float>() : nullptr,
+                           min_p_ ? min_p.data_ptr<float>() : nullptr,
                            top_k_ ? top_k.data_ptr<int64_t>() : nullptr, ids.data_ptr<int64_t>(),
                            logprob.data_ptr<float>(), logprob1.data_ptr<float>(), rows, logits.size(1)});
   return {ids, logprob, logprob1, sound};
 }
 
-LogitRows logit_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor& logprob, Tensor& entropy,
-                     Tensor& lse) {
+LogitRows logit_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor& logprob,
+                     Tensor& entropy, Tensor& lse) {
   check_bf16(logits, "logits");
   const int64_t rows = logits.size(0);
   TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous rows");
-  TORCH_CHECK(labels.scalar_type() == at::kLong && labels.is_contiguous() && labels.numel() == rows, "labels do not fit");
+  TORCH_CHECK(labels.scalar_type() == at::kLong && labels.is_contiguous() && labels.numel() == rows,
+              "labels do not fit");
   for (const Tensor& x : {logprob, entropy, lse})
-    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.numel() == rows, "a result does not fit");
+    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.numel() == rows,
+                "a result does not fit");
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t label = labels.data_ptr<int64_t>()[i];
-    TORCH_CHECK_INDEX(label >= 0 && label < logits.size(1), "label ", label, " lies outside of the vocabulary of ",
-                      logits.size(1));
+    TORCH_CHECK_INDEX(label >= 0 && label < logits.size(1), "label ", label,
+                      " lies outside of the vocabulary of ", logits.size(1));
   }
   return {bits(logits), labels.data_ptr<int64_t>(), logprob.data_ptr<float>(), entropy.data_ptr<float>(),
           lse.data_ptr<float>(), rows, logits.size(1), (float)(1 / temperature)};
 }
 
-void logprob_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor logprob, Tensor entropy,
-                  Tensor lse) {
+void logprob_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor logprob,
+                  Tensor entropy, Tensor lse) {
   logits_forward(logit_rows(logits, labels, temperature, logprob, entropy, lse));
 }
 
 void logprob_rows_backward(Tensor logits, const Tensor& labels, double temperature, const Tensor& g_logprob,
                            const Tensor& g_entropy, Tensor entropy, Tensor lse) {
   const int64_t rows = logits.size(0);
-  const Tensor gl = dense(g_logprob, at::kFloat, {rows}, "g_logprob"), ge = dense(g_entropy, at::kFloat, {rows}, "g_entropy");
+  const Tensor gl = dense(g_logprob, at::kFloat, {rows}, "g_logprob");
+  const Tensor ge = dense(g_entropy, at::kFloat, {rows}, "g_entropy");
   logits_backward(logit_rows(logits, labels, temperature, entropy, entropy, lse), gl.data_ptr<float>(),
                   ge.data_ptr<float>());
 }
@@ -129,7 +137,8 @@ void accumulate(Tensor total, const Tensor& part_) {
 using TensorList = std::vector<Tensor>;
 
 void adamw_step(const TensorList& params, const TensorList& grads, const TensorList& firsts,
-                const TensorList& seconds, const std::vector<double>& decays, const c10::List<MaybeTensor>& copies,
+                const TensorList& seconds, const std::vector<double>& decays,
+                const c10::List<MaybeTensor>& copies,
                 int64_t step, double lr, double beta1, double beta2, double eps, double grad_scale) {
   const size_t n = params.size();
   TORCH_CHECK(grads.size() == n && firsts.size() == n && seconds.size() == n && decays.size() == n &&
@@ -147,7 +156,8 @@ void adamw_step(const TensorList& params, const TensorList& grads, const TensorL
       TORCH_CHECK(copy->is_contiguous() && copy->sizes() == params[i].sizes(), "copy ", i, " does not fit");
     }
     parts.push_back({params[i].data_ptr<float>(), grads[i].data_ptr<float>(), firsts[i].data_ptr<float>(),
-                     seconds[i].data_ptr<float>(), bits(copy), params[i].numel(), (float)(1 - lr * decays[i])});
+                     seconds[i].data_ptr<float>(), bits(copy), params[i].numel(),
+                     (float)(1 - lr * decays[i])});
   }
   const double correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step);
   adamw(parts.data(), (int64_t)n,
@@ -161,19 +171,20 @@ void adamw_step(const TensorList& params, const TensorList& grads, const TensorL
 TORCH_LIBRARY(grpo_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor w, Tensor? residual, float eps, bool zero_centered, bool keep)"
         " -> (Tensor, Tensor, Tensor)", grpo::rms_norm);
-  m.def("rms_norm_backward(Tensor total, Tensor w, Tensor inverse, Tensor dy, Tensor? dtotal, bool zero_centered)"
-        " -> (Tensor, Tensor)", grpo::rms_norm_backward);
+  m.def("rms_norm_backward(Tensor total, Tensor w, Tensor inverse, Tensor dy, Tensor? dtotal,"
+        " bool zero_centered) -> (Tensor, Tensor)", grpo::rms_norm_backward);
   m.def("swiglu(Tensor gate_up) -> Tensor", grpo::swiglu);
   m.def("swiglu_backward(Tensor gate_up, Tensor dy) -> Tensor", grpo::swiglu_grad);
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor", grpo::rope);
   m.def("sample(Tensor logits, Tensor u, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p)"
         " -> (Tensor, Tensor, Tensor, bool)", grpo::sample);
-  m.def("logprob_rows(Tensor logits, Tensor labels, float temperature, Tensor(a!) logprob, Tensor(b!) entropy,"
-        " Tensor(c!) lse) -> ()", grpo::logprob_rows);
+  m.def("logprob_rows(Tensor logits, Tensor labels, float temperature, Tensor(a!) logprob,"
+        " Tensor(b!) entropy, Tensor(c!) lse) -> ()", grpo::logprob_rows);
   m.def("logprob_rows_backward(Tensor(a!) logits, Tensor labels, float temperature, Tensor g_logprob,"
         " Tensor g_entropy, Tensor entropy, Tensor lse) -> ()", grpo::logprob_rows_backward);
   m.def("accumulate(Tensor(a!) total, Tensor part) -> ()", grpo::accumulate);
-  m.def("adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float[] weight_decays,"
-        " Tensor?[] copies, int step, float lr, float beta1, float beta2, float eps, float grad_scale) -> ()",
+  m.def("adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+        " float[] weight_decays, Tensor?[] copies, int step, float lr, float beta1, float beta2, float eps,"
+        " float grad_scale) -> ()",
         grpo::adamw_step);
 }

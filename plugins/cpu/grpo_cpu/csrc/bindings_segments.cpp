@@ -15,8 +15,8 @@ void check_segments(const Tensor& ends, const Tensor& parents, int64_t tokens) {
   if (!parents.defined()) return;
   const int32_t* tree = parents.data_ptr<int32_t>();
   for (int64_t s = 0; s < count; ++s)
-    TORCH_CHECK_VALUE(tree[s] >= -1 && tree[s] < s && (tree[s] < 0 || tree[tree[s]] < 0), "segment ", s, " names ", tree[s],
-                      " as its parent: must be an earlier one without a parent");
+    TORCH_CHECK_VALUE(tree[s] >= -1 && tree[s] < s && (tree[s] < 0 || tree[tree[s]] < 0), "segment ", s,
+                      " names ", tree[s], " as its parent: must be an earlier one without a parent");
 }
 
 struct Inputs {
@@ -24,8 +24,8 @@ struct Inputs {
   Segments segments;
 };
 
-Inputs inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& ends_, const MaybeTensor& parents_,
-              double scale, bool causal, int64_t window) {
+Inputs inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& ends_,
+              const MaybeTensor& parents_, double scale, bool causal, int64_t window) {
   Inputs x{heads(q_, "q"), heads(k_, "k"), heads(v_, "v"), ends_.to(at::kInt).contiguous(), {}, {}};
   TORCH_CHECK_VALUE(ends_.dim() == 1 && ends_.numel() > 0, "cu_seqlens has shape ", ends_.sizes());
   const int64_t tokens = x.q.size(0), count = x.ends.numel() - 1;
@@ -37,14 +37,15 @@ Inputs inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor
   check_head_dim(x.v.size(2), "v_head_dim");
   check_segments(x.ends, x.parents, tokens);
   x.segments = {strided(x.q), strided(x.k), strided(x.v), x.ends.data_ptr<int32_t>(),
-                x.parents.defined() ? x.parents.data_ptr<int32_t>() : nullptr, count, x.q.size(1), x.k.size(1),
-                x.q.size(2), x.v.size(2), window, (float)scale, causal};
+                x.parents.defined() ? x.parents.data_ptr<int32_t>() : nullptr, count, x.q.size(1),
+                x.k.size(1), x.q.size(2), x.v.size(2), window, (float)scale, causal};
   return x;
 }
 
 // Returns o and, where `keep`, the log of the sum of exponentials [heads, tokens] for the backward pass.
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ends,
-                                   const MaybeTensor& parents, double scale, bool causal, int64_t window, bool keep) {
+                                   const MaybeTensor& parents, double scale, bool causal, int64_t window,
+                                   bool keep) {
   const Inputs x = inputs(q, k, v, ends, parents, scale, causal, window);
   Tensor o = at::empty({x.q.size(0), x.q.size(1), x.v.size(2)}, x.q.options());
   Tensor lse = at::empty({x.q.size(1), keep ? x.q.size(0) : 0}, x.q.options().dtype(at::kFloat));
@@ -52,12 +53,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {o, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
-                                            const Tensor& lse, const Tensor& grad_, const Tensor& ends,
-                                            const MaybeTensor& parents, double scale, bool causal, int64_t window) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& o, const Tensor& lse, const Tensor& grad_,
+                                            const Tensor& ends,
+                                            const MaybeTensor& parents, double scale, bool causal,
+                                            int64_t window) {
   const Inputs x = inputs(q, k, v, ends, parents, scale, causal, window);
   const Tensor grad = heads(grad_, "grad");
-  TORCH_CHECK(grad.sizes() == o.sizes() && o.is_contiguous() && lse.is_contiguous(), "grad has shape ", grad.sizes());
+  TORCH_CHECK(grad.sizes() == o.sizes() && o.is_contiguous() && lse.is_contiguous(), "grad has shape ",
+              grad.sizes());
   Tensor dq = at::empty(x.q.sizes(), x.q.options()), dk = at::empty(x.k.sizes(), x.k.options());
   Tensor dv = at::empty(x.v.sizes(), x.v.options());
   segments_backward(x.segments, bits(o), lse.data_ptr<float>(), strided(grad), bits(dq), bits(dk), bits(dv));
@@ -68,8 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, co
 }  // namespace grpo
 
 TORCH_LIBRARY_FRAGMENT(grpo_cpu, m) {
-  m.def("segments(Tensor q, Tensor k, Tensor v, Tensor ends, Tensor? parents, float scale, bool causal, int window,"
-        " bool keep) -> (Tensor, Tensor)", grpo::forward);
+  m.def("segments(Tensor q, Tensor k, Tensor v, Tensor ends, Tensor? parents, float scale, bool causal,"
+        " int window, bool keep) -> (Tensor, Tensor)", grpo::forward);
   m.def("segments_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor grad, Tensor ends,"
-        " Tensor? parents, float scale, bool causal, int window) -> (Tensor, Tensor, Tensor)", grpo::backward);
+        " Tensor? parents, float scale, bool causal, int window) -> (Tensor, Tensor, Tensor)",
+        grpo::backward);
 }

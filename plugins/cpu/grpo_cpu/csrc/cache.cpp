@@ -1,9 +1,9 @@
 // The paged cache: writing keys and values, and attention of new tokens over it (prefill and decode).
 #include "cache.h"
 
-#include <ATen/Parallel.h>
-
 #include <numeric>
+
+#include "spread.h"
 
 namespace grpo {
 
@@ -13,7 +13,8 @@ int64_t cache_check(const CacheView& c, const int64_t* slots, const int64_t* pos
   return -1;
 }
 
-int64_t cache_check_lengths(const CacheView& c, const int64_t* slots, const int64_t* lengths, int64_t sequences) {
+int64_t cache_check_lengths(const CacheView& c, const int64_t* slots, const int64_t* lengths,
+                            int64_t sequences) {
   for (int64_t i = 0; i < sequences; ++i) {
     if (slots[i] < 0 || slots[i] >= c.slots || lengths[i] < 0) return i;
     const SlotView s = slot_view(c, slots[i]);
@@ -30,7 +31,7 @@ void cache_write(const CacheView& c, const bf16* k, ptrdiff_t k_token, ptrdiff_t
       const Place at = find(c, slots[t], positions[t]);
       for (int64_t h = 0; h < c.kv_heads; ++h) {
         put_key(c, at, h, k + t * k_token + h * k_head);
-        put_value(c, at, h, v + t * v_token + h * v_head);
+        put_value<false>(c, at, h, v + t * v_token + h * v_head);
       }
     }
   });
@@ -53,14 +54,16 @@ std::vector<Task> tasks_of(const CacheView& c, const CacheQuery& a) {
   for (const int64_t s : order) {
     const int64_t tokens = a.starts ? a.starts[s + 1] - a.starts[s] : 1;
     const int64_t step = tile_rows((a.lengths[s] + BLOCK - 1) / BLOCK);
-    for (int64_t from = 0; from < tokens; from += step) tasks.push_back({s, from, std::min(step, tokens - from)});
+    for (int64_t from = 0; from < tokens; from += step)
+      tasks.push_back({s, from, std::min(step, tokens - from)});
   }
   return tasks;
 }
 
-void run(const CacheView& c, const CacheQuery& a, const Task& task, int64_t kv_head, std::vector<KeyBlock>& blocks,
-         Scratch<float>& scratch) {
-  const int64_t group = a.heads / c.kv_heads, slot = a.slots[task.sequence], length = a.lengths[task.sequence];
+void run(const CacheView& c, const CacheQuery& a, const Task& task, int64_t kv_head,
+         std::vector<KeyBlock>& blocks, Scratch<float>& scratch) {
+  const int64_t group = a.heads / c.kv_heads, slot = a.slots[task.sequence];
+  const int64_t length = a.lengths[task.sequence];
   const int64_t start = a.starts ? a.starts[task.sequence] : task.sequence;
   const int64_t tokens = a.starts ? a.starts[task.sequence + 1] - start : 1;
   gather_blocks(c, slot, kv_head, length, blocks);
@@ -95,10 +98,10 @@ void run(const CacheView& c, const CacheQuery& a, const Task& task, int64_t kv_h
 void cache_attend(const CacheView& c, const CacheQuery& a) {
   const std::vector<Task> tasks = tasks_of(c, a);
   const int64_t count = (int64_t)tasks.size();
-  at::parallel_for(0, count * c.kv_heads, 1, [&](int64_t from, int64_t to) {
+  spread(count * c.kv_heads, [&](int64_t i) {
     thread_local Scratch<float> scratch;
-    std::vector<KeyBlock> blocks;
-    for (int64_t i = from; i < to; ++i) run(c, a, tasks[i % count], i / count, blocks, scratch);
+    thread_local std::vector<KeyBlock> blocks;
+    run(c, a, tasks[i % count], i / count, blocks, scratch);
   });
 }
 

@@ -44,14 +44,20 @@ static inline void put_key(const CacheView& c, const Place& at, int64_t head, co
   for (int64_t i = 0; i < c.d / 2; ++i) std::memcpy(out + i * 2 * BLOCK, k + 2 * i, 4);
 }
 
-// Masked stores: the other half of each pair may be written by another thread at the same time.
+// Unless ALONE, another thread may write the other token of each pair at the same time: only a masked store
+// leaves its bits alone, at several times the price.
+template <bool ALONE>
 static inline void put_value(const CacheView& c, const Place& at, int64_t head, const bf16* v) {
   bf16* out = value_block(c, at.block, head) + at.offset / 2 * 2 * c.e;
   const bool odd = at.offset % 2;
   for (int64_t i = 0; i < c.e; i += 16) {
     __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + i)));
     if (odd) x = _mm512_slli_epi32(x, 16);
-    _mm512_mask_storeu_epi16(out + 2 * i, odd ? 0xAAAAAAAAu : 0x55555555u, x);
+    const __mmask32 mine = odd ? 0xAAAAAAAAu : 0x55555555u;
+    if (ALONE)
+      _mm512_storeu_si512(out + 2 * i, _mm512_mask_blend_epi16(mine, _mm512_loadu_si512(out + 2 * i), x));
+    else
+      _mm512_mask_storeu_epi16(out + 2 * i, mine, x);
   }
 }
 

@@ -36,7 +36,8 @@ static inline void tile(const bf16* a, ptrdiff_t a_row, ptrdiff_t a_pair, const 
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) acc[i][j] = ADD ? _mm512_loadu_ps(c + i * c_row + 16 * j) : _mm512_setzero_ps();
+    for (int j = 0; j < NV; ++j)
+      acc[i][j] = ADD ? _mm512_loadu_ps(c + i * c_row + 16 * j) : _mm512_setzero_ps();
   accumulate<MR, NV>(acc, a, a_row, a_pair, b, b_pair, kp);
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -119,7 +120,8 @@ static inline void pack_block(const bf16* x, ptrdiff_t stride, int64_t count, in
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i)
-        r[i] = half * 16 + i < count ? _mm512_loadu_si512(x + (half * 16 + i) * stride + j) : _mm512_setzero_si512();
+        r[i] = half * 16 + i < count ? _mm512_loadu_si512(x + (half * 16 + i) * stride + j)
+            : _mm512_setzero_si512();
       transpose16(r);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (j / 2 + i) * 64 + half * 32, r[i]);

@@ -99,7 +99,8 @@ struct CacheView {
 // Index of the first token that its slot has no room of its own for, or -1. Nothing is written then.
 int64_t cache_check(const CacheView& c, const int64_t* slots, const int64_t* positions, int64_t tokens);
 // Index of the first sequence whose slot holds fewer tokens than its length, or -1.
-int64_t cache_check_lengths(const CacheView& c, const int64_t* slots, const int64_t* lengths, int64_t sequences);
+int64_t cache_check_lengths(const CacheView& c, const int64_t* slots, const int64_t* lengths,
+                            int64_t sequences);
 void cache_write(const CacheView& c, const bf16* k, ptrdiff_t k_token, ptrdiff_t k_head, const bf16* v,
                  ptrdiff_t v_token, ptrdiff_t v_head, const int64_t* slots, const int64_t* positions,
                  int64_t tokens);

@@ -15,23 +15,22 @@ constexpr int64_t CHUNK = 4096;  // summed in float32; chunks are added in float
 void forward_row(const LogitRows& a, int64_t row) {
   const bf16* x = a.logits + row * a.vocab;
   __m512 high = _mm512_set1_ps(NEG_INF);
-  for (int64_t i = 0; i < a.vocab; i += 16) {
-    const __mmask16 m = first(a.vocab - i);
+  each16(0, a.vocab, [&](int64_t i, auto m) {
     high = _mm512_mask_max_ps(high, m, high, load(x + i, m));
-  }
+  });
   const float top = _mm512_reduce_max_ps(high);
   const __m512 shift = _mm512_set1_ps(top), factor = _mm512_set1_ps(a.inverse_temperature);
   double total = 0, mean = 0;
   for (int64_t c = 0; c < a.vocab; c += CHUNK) {
     __m512 sum = _mm512_setzero_ps(), weighted = sum;
-    for (int64_t i = c; i < std::min(a.vocab, c + CHUNK); i += 16) {
-      const __mmask16 m = first(a.vocab - i);
+    each16(c, std::min(a.vocab, c + CHUNK), [&](int64_t i, auto m) {
       const __m512 z = _mm512_mul_ps(_mm512_sub_ps(load(x + i, m), shift), factor);
       const __m512 e = _mm512_maskz_mov_ps(m, exp512(z));
       sum = _mm512_add_ps(sum, e);
       // A logit of -inf weighs nothing: 0 * -inf would be NaN.
-      weighted = _mm512_mask3_fmadd_ps(e, z, weighted, _mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_NEQ_UQ));
-    }
+      weighted = _mm512_mask3_fmadd_ps(e, z, weighted,
+                                       _mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+    });
     total += _mm512_reduce_add_ps(sum);
     mean += _mm512_reduce_add_ps(weighted);
   }
@@ -48,15 +47,14 @@ void backward_row(const LogitRows& a, int64_t row, float g_logprob, float g_entr
   const __m512 factor = _mm512_set1_ps(a.inverse_temperature), lse = _mm512_set1_ps(a.lse[row]);
   const __m512 gl = _mm512_set1_ps(-g_logprob), ge = _mm512_set1_ps(-g_entropy);
   const __m512 entropy = _mm512_set1_ps(a.entropy[row]);
-  for (int64_t i = 0; i < a.vocab; i += 16) {
-    const __mmask16 m = first(a.vocab - i);
+  each16(0, a.vocab, [&](int64_t i, auto m) {
     const __m512 log_p = _mm512_fmsub_ps(load(x + i, m), factor, lse), p = exp512(log_p);
     __m512 g = _mm512_fmadd_ps(ge, _mm512_add_ps(log_p, entropy), gl);
     g = _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(p, _mm512_setzero_ps(), _CMP_NEQ_UQ), g, p);
     if (label >= i && label < i + 16)
       g = _mm512_mask_add_ps(g, (__mmask16)(1u << (label - i)), g, _mm512_set1_ps(g_logprob));
     store(x + i, _mm512_mul_ps(g, factor), m);
-  }
+  });
 }
 
 }  // namespace
@@ -75,10 +73,9 @@ void logits_backward(const LogitRows& a, const float* g_logprob, const float* g_
 
 void add_rows(float* total, const bf16* part, int64_t size) {
   at::parallel_for(0, (size + 15) / 16, 2048, [&](int64_t from, int64_t to) {
-    for (int64_t i = from * 16; i < std::min(size, to * 16); i += 16) {
-      const __mmask16 m = first(size - i);
+    each16(from * 16, std::min(size, to * 16), [&](int64_t i, auto m) {
       store(total + i, _mm512_add_ps(load(total + i, m), load(part + i, m)), m);
-    }
+    });
   });
 }
 

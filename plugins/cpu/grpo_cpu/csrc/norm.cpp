@@ -22,27 +22,25 @@ void norm_row(const Norm& a, int64_t row) {
   if (a.residual) {
     const bf16* r = a.residual + row * a.width;
     bf16* total = a.total + row * a.width;
-    for (int64_t i = 0; i < a.width; i += 16) {
-      const __mmask16 m = first(a.width - i);
+    each16(0, a.width, [&](int64_t i, auto m) {
       const __m512 sum = round_bf16(_mm512_add_ps(load(x + i, m), load(r + i, m)));
       store(total + i, sum, m);
       square = _mm512_fmadd_ps(sum, sum, square);
-    }
+    });
     source = total;
   } else {
-    for (int64_t i = 0; i < a.width; i += 16) {
-      const __m512 v = load(x + i, first(a.width - i));
+    each16(0, a.width, [&](int64_t i, auto m) {
+      const __m512 v = load(x + i, m);
       square = _mm512_fmadd_ps(v, v, square);
-    }
+    });
   }
   const float inverse = 1.f / std::sqrt(_mm512_reduce_add_ps(square) / (float)a.width + a.eps);
   if (a.inverse) a.inverse[row] = inverse;
   const __m512 factor = _mm512_set1_ps(inverse);
-  for (int64_t i = 0; i < a.width; i += 16) {
-    const __mmask16 m = first(a.width - i);
+  each16(0, a.width, [&](int64_t i, auto m) {
     const __m512 normed = round_bf16(_mm512_mul_ps(load(source + i, m), factor));
     store(a.y + row * a.width + i, _mm512_mul_ps(normed, gain(a.w + i, m, a.zero_centered)), m);
-  }
+  });
 }
 
 // With n = total * inverse: dx = inverse * (g - n * mean(g * n)) + dtotal, g = dy * w; dw += dy * n.
@@ -50,21 +48,19 @@ void norm_row_backward(const NormGrad& a, int64_t row, float* dw) {
   const bf16 *x = a.total + row * a.width, *dy = a.dy + row * a.width;
   const __m512 inverse = _mm512_set1_ps(a.inverse[row]);
   __m512 dot = _mm512_setzero_ps();
-  for (int64_t i = 0; i < a.width; i += 16) {
-    const __mmask16 m = first(a.width - i);
+  each16(0, a.width, [&](int64_t i, auto m) {
     const __m512 g = load(dy + i, m), n = _mm512_mul_ps(load(x + i, m), inverse);
-    _mm512_mask_storeu_ps(dw + i, m, _mm512_fmadd_ps(g, round_bf16(n), load(dw + i, m)));
+    store(dw + i, _mm512_fmadd_ps(g, round_bf16(n), load(dw + i, m)), m);
     dot = _mm512_fmadd_ps(_mm512_mul_ps(g, gain(a.w + i, m, a.zero_centered)), n, dot);
-  }
+  });
   const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / (float)a.width);
-  for (int64_t i = 0; i < a.width; i += 16) {
-    const __mmask16 m = first(a.width - i);
+  each16(0, a.width, [&](int64_t i, auto m) {
     const __m512 g = _mm512_mul_ps(load(dy + i, m), gain(a.w + i, m, a.zero_centered));
     const __m512 n = _mm512_mul_ps(load(x + i, m), inverse);
     __m512 dx = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(n, mean, g));
     if (a.dtotal) dx = _mm512_add_ps(dx, load(a.dtotal + row * a.width + i, m));
     store(a.dx + row * a.width + i, dx, m);
-  }
+  });
 }
 
 }  // namespace
@@ -85,12 +81,12 @@ void norm_backward(const NormGrad& a) {
       norm_row_backward(a, row, partial.data() + row / PIECE * a.width);
   });
   at::parallel_for(0, (a.width + 15) / 16, 16, [&](int64_t from, int64_t to) {
-    for (int64_t i = from * 16; i < std::min(a.width, to * 16); i += 16) {
-      const __mmask16 m = first(a.width - i);
+    each16(from * 16, std::min(a.width, to * 16), [&](int64_t i, auto m) {
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t p = 0; p < pieces; ++p) sum = _mm512_add_ps(sum, load(partial.data() + p * a.width + i, m));
+      for (int64_t p = 0; p < pieces; ++p)
+        sum = _mm512_add_ps(sum, load(partial.data() + p * a.width + i, m));
       store(a.dw + i, sum, m);
-    }
+    });
   });
 }
 

@@ -10,11 +10,10 @@ void swiglu_forward(const bf16* gate_up, bf16* y, int64_t rows, int64_t width) {
   at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / width), [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) {
       const bf16 *gate = gate_up + row * 2 * width, *up = gate + width;
-      for (int64_t i = 0; i < width; i += 16) {
-        const __mmask16 m = first(width - i);
+      each16(0, width, [&](int64_t i, auto m) {
         const __m512 g = load(gate + i, m);
         store(y + row * width + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid512(g)), load(up + i, m)), m);
-      }
+      });
     }
   });
 }
@@ -26,13 +25,12 @@ void swiglu_backward(const bf16* gate_up, const bf16* dy, bf16* dgate_up, int64_
     for (int64_t row = from; row < to; ++row) {
       const bf16 *gate = gate_up + row * 2 * width, *up = gate + width;
       bf16 *dgate = dgate_up + row * 2 * width, *dup = dgate + width;
-      for (int64_t i = 0; i < width; i += 16) {
-        const __mmask16 m = first(width - i);
+      each16(0, width, [&](int64_t i, auto m) {
         const __m512 g = load(gate + i, m), d = load(dy + row * width + i, m), s = sigmoid512(g);
         const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
         store(dup + i, _mm512_mul_ps(d, _mm512_mul_ps(g, s)), m);
         store(dgate + i, _mm512_mul_ps(_mm512_mul_ps(d, load(up + i, m)), slope), m);
-      }
+      });
     }
   });
 }

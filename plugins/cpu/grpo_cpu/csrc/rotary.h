@@ -13,7 +13,11 @@ static inline void split_pairs(const bf16* p, __mmask16 m, __m512* x, __m512* y)
 
 static inline void join_pairs(bf16* p, __mmask16 m, __m512 x, __m512 y) {
   const __m512i low = _mm512_cvtepu16_epi32(narrow(x)), high = _mm512_cvtepu16_epi32(narrow(y));
-  _mm512_mask_storeu_epi32(p, m, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  const __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  if (m == 0xFFFF)
+    _mm512_storeu_si512(p, both);
+  else
+    _mm512_mask_storeu_epi32(p, m, both);
 }
 
 // y = x turned by the angles (back by them with `inverse`); x and y may be the same. The first 2 * pairs of
@@ -21,8 +25,7 @@ static inline void join_pairs(bf16* p, __mmask16 m, __m512 x, __m512 y) {
 static inline void rotate_head(const bf16* x, bf16* y, const float* cos, const float* sin, int64_t d,
                                int64_t pairs, bool interleaved, bool inverse) {
   const __m512 sign = _mm512_set1_ps(inverse ? -1.f : 1.f);
-  for (int64_t i = 0; i < pairs; i += 16) {
-    const __mmask16 m = first(pairs - i);
+  each16(0, pairs, [&](int64_t i, auto m) {
     const __m512 c = load(cos + i, m), s = _mm512_mul_ps(load(sin + i, m), sign);
     __m512 a, b;
     if (interleaved) {
@@ -31,14 +34,15 @@ static inline void rotate_head(const bf16* x, bf16* y, const float* cos, const f
       a = load(x + i, m);
       b = load(x + pairs + i, m);
     }
-    const __m512 u = _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), v = _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s));
+    const __m512 u = _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s));
+    const __m512 v = _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s));
     if (interleaved) {
       join_pairs(y + 2 * i, m, u, v);
     } else {
       store(y + i, u, m);
       store(y + pairs + i, v, m);
     }
-  }
+  });
   if (x != y && 2 * pairs < d) std::memcpy(y + 2 * pairs, x + 2 * pairs, (d - 2 * pairs) * sizeof(bf16));
 }
 

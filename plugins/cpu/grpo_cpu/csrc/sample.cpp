@@ -26,12 +26,11 @@ template <class T>
 bool find_top(const T* x, int64_t vocab, float* top) {
   __m512 high = _mm512_set1_ps(NEG_INF);
   __mmask16 nan = 0;
-  for (int64_t i = 0; i < vocab; i += 16) {
-    const __mmask16 m = first(vocab - i);
+  each16(0, vocab, [&](int64_t i, auto m) {
     const __m512 v = load(x + i, m);
     nan |= _mm512_mask_cmp_ps_mask(m, v, v, _CMP_UNORD_Q);
     high = _mm512_mask_max_ps(high, m, high, v);
-  }
+  });
   *top = _mm512_reduce_max_ps(high);
   return !nan && std::isfinite(*top);
 }
@@ -44,15 +43,14 @@ double weigh(const T* x, const Row& row) {
   double total1 = 0;
   for (int64_t c = 0; c < row.chunks; ++c) {
     __m512 sum = _mm512_setzero_ps(), sum1 = sum;
-    for (int64_t i = c * CHUNK; i < std::min(row.vocab, (c + 1) * CHUNK); i += 16) {
-      const __mmask16 m = first(row.vocab - i);
+    each16(c * CHUNK, std::min(row.vocab, (c + 1) * CHUNK), [&](int64_t i, auto m) {
       const __m512 gap = _mm512_sub_ps(load(x + i, m), top);
       const __m512 e1 = _mm512_maskz_mov_ps(m, exp512(gap));
       const __m512 e = plain ? e1 : _mm512_maskz_mov_ps(m, exp512(_mm512_mul_ps(gap, factor)));
       store(row.weight + i, e, m);
       sum = _mm512_add_ps(sum, e);
       sum1 = _mm512_add_ps(sum1, e1);
-    }
+    });
     row.chunk[c] = _mm512_reduce_add_ps(sum);
     total1 += _mm512_reduce_add_ps(sum1);
   }
@@ -63,14 +61,13 @@ double weigh(const T* x, const Row& row) {
 template <class T>
 void keep(const T* x, const Row& row, float border, int64_t ties) {
   const __m512 line = _mm512_set1_ps(border);
-  for (int64_t i = 0; i < row.vocab; i += 16) {
-    const __mmask16 m = first(row.vocab - i);
+  each16(0, row.vocab, [&](int64_t i, auto m) {
     const __m512 v = load(x + i, m);
     __mmask16 out = _mm512_mask_cmp_ps_mask(m, v, line, _CMP_LT_OQ);
     for (uint32_t equal = _mm512_mask_cmp_ps_mask(m, v, line, _CMP_EQ_OQ); equal; equal &= equal - 1)
       if (ties-- <= 0) out |= (__mmask16)(equal & -equal);
-    _mm512_mask_storeu_ps(row.weight + i, out, _mm512_setzero_ps());
-  }
+    if (out) _mm512_mask_storeu_ps(row.weight + i, out, _mm512_setzero_ps());
+  });
 }
 
 // The logits above `line` that still have a weight, in `found`; returns their weights' sum.
@@ -81,23 +78,22 @@ double gather(const T* x, const Row& row, float line, std::vector<float>& found)
   double mass = 0;
   for (int64_t c = 0; c < row.chunks; ++c) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = c * CHUNK; i < std::min(row.vocab, (c + 1) * CHUNK); i += 16) {
-      const __mmask16 m = first(row.vocab - i);
+    each16(c * CHUNK, std::min(row.vocab, (c + 1) * CHUNK), [&](int64_t i, auto m) {
       const __m512 v = load(x + i, m), e = load(row.weight + i, m);
       const __mmask16 in = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_GT_OQ), v,
                                                    _mm512_set1_ps(line), _CMP_GT_OQ);
       _mm512_storeu_ps(out, _mm512_maskz_compress_ps(in, v));
       out += __builtin_popcount(in);
       sum = _mm512_mask_add_ps(sum, in, sum, e);
-    }
+    });
     mass += _mm512_reduce_add_ps(sum);
   }
   found.resize(out - found.data());
   return mass;
 }
 
-// Most mass and the likeliest tokens lie near the top: looking at all tokens is the last resort. Gaps in units
-// of the tempered logits.
+// Most mass and the likeliest tokens lie near the top: looking at all tokens is the last resort. Gaps in
+// units of the tempered logits.
 constexpr double GAPS[] = {3.0, 6.0, 9.0, 12.0, std::numeric_limits<double>::infinity()};
 
 float line_at(const Row& row, double gap) { return (float)(row.top - gap / row.inverse_temperature); }
@@ -145,8 +141,8 @@ void filter(const T* x, const Row& row, int64_t k, float p, float min_p, std::ve
   if (min_p > 0.f) above_min_p(x, row, min_p);
   for (int64_t c = 0; c < row.chunks; ++c) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = c * CHUNK; i < std::min(row.vocab, (c + 1) * CHUNK); i += 16)
-      sum = _mm512_add_ps(sum, load(row.weight + i, first(row.vocab - i)));
+    each16(c * CHUNK, std::min(row.vocab, (c + 1) * CHUNK),
+           [&](int64_t i, auto m) { sum = _mm512_add_ps(sum, load(row.weight + i, m)); });
     row.chunk[c] = _mm512_reduce_add_ps(sum);
   }
 }

@@ -1,7 +1,8 @@
-// attention.varlen and attention.shared_prefix, backward (Dao et al. 2022, algorithm 4). With P = exp(S - lse):
+// attention.varlen and attention.shared_prefix, backward (Dao et al. 2022, algorithm 4). With L the log
+// of the sum of exponentials and P = exp(S - L):
 //   dV = P^T dO,  dS = P o (dO V^T - rowsum(dO o O)) * scale,  dQ = dS K,  dK = dS^T Q.
-// One task is a family and a kv head. It alone writes the gradients of that family's keys, in float32 until the
-// last child is done: no atomics, and the order of every sum is fixed.
+// One task is a family and a kv head. It alone writes the gradients of that family's keys, in float32 until
+// the last child is done: no atomics, and the order of every sum is fixed.
 #include "segments.h"
 
 namespace grpo {
@@ -49,13 +50,14 @@ struct Pair {
 inline Pair softmax_grad(__m512 s, __m512 dp, float lse, float delta, float scale, __mmask16 seen) {
   const __m512 z = _mm512_fmsub_ps(s, _mm512_set1_ps(scale), _mm512_set1_ps(lse));
   const __m512 p = _mm512_maskz_mov_ps(seen, exp512(z));
-  const __m512 ds = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_set1_ps(scale)), _mm512_sub_ps(dp, _mm512_set1_ps(delta)));
+  const __m512 ds = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_set1_ps(scale)),
+                                  _mm512_sub_ps(dp, _mm512_set1_ps(delta)));
   return {p, _mm512_maskz_mov_ps(seen, ds)};
 }
 
 // Turns scores s and dp [ROWS, 32] into dS by rows and P, dS by pairs of rows [ROWS / 2][32][2].
-void turn(const Segments& a, const Tile& t, const BlockOf& block, const float* s, const float* dp, bf16* ds_rows,
-          bf16* p_pairs, bf16* ds_pairs) {
+void turn(const Segments& a, const Tile& t, const BlockOf& block, const float* s, const float* dp,
+          bf16* ds_rows, bf16* p_pairs, bf16* ds_pairs) {
   const KeyBlock at{nullptr, nullptr, block.start, block.count};
   for (int64_t m = 0; m < t.count; m += 2)
     for (int64_t half = 0; half < 2; ++half) {
@@ -68,8 +70,8 @@ void turn(const Segments& a, const Tile& t, const BlockOf& block, const float* s
         }
         const uint32_t seen = lanes(at, t.lo + row * t.lo_step, t.hi + row * t.hi_step) >> (16 * half);
         const int64_t from = row * BLOCK + 16 * half;
-        const Pair pair = softmax_grad(_mm512_load_ps(s + from), _mm512_load_ps(dp + from), t.lse[row], t.delta[row],
-                                       a.scale, (__mmask16)seen);
+        const Pair pair = softmax_grad(_mm512_load_ps(s + from), _mm512_load_ps(dp + from), t.lse[row],
+                                       t.delta[row], a.scale, (__mmask16)seen);
         p[i] = narrow(pair.p), ds[i] = narrow(pair.ds);
         _mm256_store_si256((__m256i*)(ds_rows + from), ds[i]);
       }
@@ -82,11 +84,15 @@ void run_block(const Segments& a, const Tile& t, const Keys& keys, const BlockOf
   alignas(64) float s[ROWS * BLOCK], dp[ROWS * BLOCK];
   alignas(64) bf16 ds_rows[ROWS * BLOCK], p_pairs[ROWS * BLOCK], ds_pairs[ROWS * BLOCK];
   const int64_t first_key = block.index * BLOCK, pairs = (t.count + 1) / 2;
-  gemm<false>(t.count, BLOCK, a.d / 2, t.q, a.q.token, 2, keys.k_columns + first_key * a.d, 2 * BLOCK, s, BLOCK);
-  gemm<false>(t.count, BLOCK, a.e / 2, t.g, t.g_row, 2, keys.v_columns + first_key * a.e, 2 * BLOCK, dp, BLOCK);
+  gemm<false>(t.count, BLOCK, a.d / 2, t.q, a.q.token, 2, keys.k_columns + first_key * a.d, 2 * BLOCK, s,
+              BLOCK);
+  gemm<false>(t.count, BLOCK, a.e / 2, t.g, t.g_row, 2, keys.v_columns + first_key * a.e, 2 * BLOCK, dp,
+              BLOCK);
   turn(a, t, block, s, dp, ds_rows, p_pairs, ds_pairs);
-  gemm<true>(block.count, a.e, pairs, p_pairs, 2, 2 * BLOCK, t.g_tokens, 2 * a.e, keys.dv + first_key * a.e, a.e);
-  gemm<true>(block.count, a.d, pairs, ds_pairs, 2, 2 * BLOCK, t.q_tokens, 2 * a.d, keys.dk + first_key * a.d, a.d);
+  gemm<true>(block.count, a.e, pairs, p_pairs, 2, 2 * BLOCK, t.g_tokens, 2 * a.e, keys.dv + first_key * a.e,
+             a.e);
+  gemm<true>(block.count, a.d, pairs, ds_pairs, 2, 2 * BLOCK, t.q_tokens, 2 * a.d, keys.dk + first_key * a.d,
+             a.d);
   gemm<true>(t.count, a.d, BLOCK / 2, ds_rows, BLOCK, 2, keys.k_tokens + first_key * a.d, 2 * a.d, t.dq, a.d);
 }
 
@@ -104,8 +110,8 @@ void run_tile(const Segments& a, const Tile& t, const Keys& keys, int64_t prefix
       store(dq + ((t.token + m) * a.heads + t.head) * a.d + j, _mm512_loadu_ps(t.dq + m * a.d + j));
 }
 
-void run_segment(const Segments& a, const Grads& x, int64_t segment, int64_t kv_head, int64_t prefix, const Keys& keys,
-                 Buffers& scratch) {
+void run_segment(const Segments& a, const Grads& x, int64_t segment, int64_t kv_head, int64_t prefix,
+                 const Keys& keys, Buffers& scratch) {
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, tokens = a.ends[a.count];
   const int64_t group = a.heads / a.kv_heads;
   bf16 *q_tokens = scratch.q_tokens.get(ROWS * a.d), *g_tokens = scratch.g_tokens.get(ROWS * a.e);
@@ -124,7 +130,8 @@ void run_segment(const Segments& a, const Grads& x, int64_t segment, int64_t kv_
       for (int64_t m = 0; m < t.count; ++m) {
         const bf16* o = x.o + ((token + m) * a.heads + h) * a.e;
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < a.e; j += 16) sum = _mm512_fmadd_ps(load(o + j), load(t.g + m * x.g.token + j), sum);
+        for (int64_t j = 0; j < a.e; j += 16)
+          sum = _mm512_fmadd_ps(load(o + j), load(t.g + m * x.g.token + j), sum);
         delta[m] = _mm512_reduce_add_ps(sum);
       }
       t.q_tokens = q_tokens, t.g_tokens = g_tokens, t.delta = delta;
@@ -144,19 +151,23 @@ void open(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, con
   std::fill_n(keys.dv + at * a.e, length * a.e, 0.f);
 }
 
-void close(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, const Keys& keys, const Grads& x) {
+void close(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, const Keys& keys,
+           const Grads& x) {
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, at = kept * BLOCK;
   for (int64_t l = 0; l < length; ++l) {
     const int64_t row = (from + l) * a.kv_heads + kv_head;
-    for (int64_t j = 0; j < a.d; j += 16) store(x.dk + row * a.d + j, _mm512_loadu_ps(keys.dk + (at + l) * a.d + j));
-    for (int64_t j = 0; j < a.e; j += 16) store(x.dv + row * a.e + j, _mm512_loadu_ps(keys.dv + (at + l) * a.e + j));
+    for (int64_t j = 0; j < a.d; j += 16)
+      store(x.dk + row * a.d + j, _mm512_loadu_ps(keys.dk + (at + l) * a.d + j));
+    for (int64_t j = 0; j < a.e; j += 16)
+      store(x.dv + row * a.e + j, _mm512_loadu_ps(keys.dv + (at + l) * a.e + j));
   }
 }
 
 void run_family(const Segments& a, const Grads& x, const Family& family, int64_t kv_head, Buffers& scratch) {
   const int64_t prefix = a.ends[family.root + 1] - a.ends[family.root], kept = blocks_of(prefix);
   int64_t longest = 0;
-  for (const int64_t s : family.children) longest = std::max<int64_t>(longest, blocks_of(a.ends[s + 1] - a.ends[s]));
+  for (const int64_t s : family.children)
+    longest = std::max<int64_t>(longest, blocks_of(a.ends[s + 1] - a.ends[s]));
   const int64_t room = (kept + longest) * BLOCK;
   const Keys keys{scratch.k_columns.get(room * a.d), scratch.k_tokens.get(room * a.d),
                   scratch.v_columns.get(room * a.e), scratch.dk.get(room * a.d), scratch.dv.get(room * a.e)};

@@ -12,8 +12,8 @@ struct Packed {
 };
 
 // Packs the keys of a segment behind those of its parent, whose blocks are the first `kept`.
-void pack(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, int64_t position, bf16* k, bf16* v,
-          std::vector<KeyBlock>& blocks) {
+void pack(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, int64_t position, bf16* k,
+          bf16* v, std::vector<KeyBlock>& blocks) {
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from;
   pack_columns(a.k, kv_head, from, length, a.d, k);
   pack_tokens(a.v, kv_head, from, length, a.e, v);
@@ -22,7 +22,8 @@ void pack(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, int
     blocks.push_back({k + l * a.d, v + l * a.e, position + l, std::min(BLOCK, length - l)});
 }
 
-void run_segment(const Segments& a, int64_t segment, int64_t kv_head, int64_t prefix, Packed& p, bf16* o, float* lse) {
+void run_segment(const Segments& a, int64_t segment, int64_t kv_head, int64_t prefix, Packed& p, bf16* o,
+                 float* lse) {
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, tokens = a.ends[a.count];
   const int64_t group = a.heads / a.kv_heads, rows = tile_rows((int64_t)p.blocks.size());
   for (int64_t g = 0; g < group; ++g) {
@@ -44,7 +45,8 @@ void run_segment(const Segments& a, int64_t segment, int64_t kv_head, int64_t pr
 void run_family(const Segments& a, const Family& family, int64_t kv_head, Packed& p, bf16* o, float* lse) {
   const int64_t prefix = a.ends[family.root + 1] - a.ends[family.root], kept = blocks_of(prefix);
   int64_t longest = 0;
-  for (const int64_t s : family.children) longest = std::max<int64_t>(longest, blocks_of(a.ends[s + 1] - a.ends[s]));
+  for (const int64_t s : family.children)
+    longest = std::max<int64_t>(longest, blocks_of(a.ends[s + 1] - a.ends[s]));
   bf16 *k = p.k.get((kept + longest) * BLOCK * a.d), *v = p.v.get((kept + longest) * BLOCK * a.e);
   pack(a, family.root, kv_head, 0, 0, k, v, p.blocks);
   run_segment(a, family.root, kv_head, 0, p, o, lse);

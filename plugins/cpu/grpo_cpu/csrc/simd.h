@@ -44,6 +44,23 @@ static inline __mmask16 first(int64_t n) {
   return n >= 16 ? (__mmask16)0xFFFF : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1u);
 }
 
+// All 16 lanes, as a type: masked loads and stores cost several plain ones on some CPUs.
+struct All {
+  constexpr operator __mmask16() const { return 0xFFFF; }
+};
+template <class T>
+static inline __m512 load(const T* p, All) { return load(p); }
+template <class T>
+static inline void store(T* p, __m512 x, All) { store(p, x); }
+
+// body(i, lanes) for i = from, from + 16, ... below to; `lanes` is All but for a short end.
+template <class Body>
+static inline __attribute__((always_inline)) void each16(int64_t from, int64_t to, const Body& body) {
+  int64_t i = from;
+  for (; i + 16 <= to; i += 16) body(i, All{});
+  if (i < to) body(i, first(to - i));
+}
+
 // exp to 2 ulp for x <= 88; 0 below -104, NaN stays NaN.
 static inline __m512 exp512(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-110.f), x);

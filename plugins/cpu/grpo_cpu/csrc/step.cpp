@@ -1,16 +1,15 @@
 // attention.step: norm, rotary, cache write and attention of one token for each sequence.
-#include <ATen/Parallel.h>
-
 #include <numeric>
 
 #include "cache.h"
 #include "rotary.h"
+#include "spread.h"
 
 namespace grpo {
 namespace {
 
-void run(const CacheView& c, const StepInput& a, int64_t sequence, int64_t kv_head, std::vector<KeyBlock>& blocks,
-         Scratch<bf16>& heads, Scratch<float>& scores) {
+void run(const CacheView& c, const StepInput& a, int64_t sequence, int64_t kv_head,
+         std::vector<KeyBlock>& blocks, Scratch<bf16>& heads, Scratch<float>& scores) {
   const int64_t group = a.heads / c.kv_heads, slot = a.slots[sequence], position = a.positions[sequence];
   const bf16* row = a.qkv + sequence * a.qkv_row;
   const float *cos = a.cos + sequence * a.pairs, *sin = a.sin + sequence * a.pairs;
@@ -28,7 +27,7 @@ void run(const CacheView& c, const StepInput& a, int64_t sequence, int64_t kv_he
   prepare(row + (a.heads + kv_head) * c.d, a.k_norm, key);
   const Place at = find(c, slot, position);
   put_key(c, at, kv_head, key);
-  put_value(c, at, kv_head, row + (a.heads + c.kv_heads) * c.d + kv_head * c.e);
+  put_value<true>(c, at, kv_head, row + (a.heads + c.kv_heads) * c.d + kv_head * c.e);
   gather_blocks(c, slot, kv_head, position + 1, blocks);
   Rows rows{};
   rows.hi = position + 1, rows.lo = a.window ? position + 1 - a.window : 0;
@@ -49,11 +48,11 @@ void cache_step(const CacheView& c, const StepInput& a) {
   // Children of one parent next to each other: its keys and values stay in cache.
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t x, int64_t y) { return owner(c, a.slots[x]) < owner(c, a.slots[y]); });
-  at::parallel_for(0, a.sequences * c.kv_heads, 1, [&](int64_t from, int64_t to) {
+  spread(a.sequences * c.kv_heads, [&](int64_t i) {
     thread_local Scratch<bf16> heads;
     thread_local Scratch<float> scores;
-    std::vector<KeyBlock> blocks;
-    for (int64_t i = from; i < to; ++i) run(c, a, order[i % a.sequences], i / a.sequences, blocks, heads, scores);
+    thread_local std::vector<KeyBlock> blocks;
+    run(c, a, order[i % a.sequences], i / a.sequences, blocks, heads, scores);
   });
 }
 

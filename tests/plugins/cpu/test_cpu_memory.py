@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_cpu import malloc, memory
+from grpo_cpu.memory import CpuMemory
+
+needs_glibc = pytest.mark.skipif(not malloc.tune().applied, reason=malloc.tune().reason)
+needs_clear_refs = pytest.mark.skipif(not memory.CLEAR.exists(), reason="the kernel keeps no clear_refs")
+MIB = 1 << 20
+
+
+def test_sleep_to_the_host_is_on_disk_and_bit_exact() -> None:
+    held, under_test = torch.randn(1000), CpuMemory()
+    kept = held.clone()
+    under_test.hold("weights", [held])
+    under_test.sleep("weights", keep="host")
+    assert under_test.stats().asleep == {"weights": "disk"}
+    assert held.untyped_storage().nbytes() == 0
+    under_test.wake("weights")
+    assert torch.equal(held, kept)
+
+
+@needs_glibc
+def test_sleep_gives_memory_back_to_the_system() -> None:
+    under_test = CpuMemory()
+    held = torch.ones(64 * MIB // 4)
+    under_test.hold("weights", [held])
+    awake = under_test.stats().reserved
+    under_test.sleep("weights", keep="none")
+    assert awake - under_test.stats().reserved > 56 * MIB
+    under_test.wake("weights")
+    assert held.sum() == 0
+
+
+@needs_clear_refs
+def test_the_peak_is_the_kernels_and_can_be_reset() -> None:
+    under_test = CpuMemory()
+    under_test.empty_cache()
+    under_test.reset_peak()
+    before = under_test.stats().reserved
+    torch.ones(96 * MIB // 4).sum()
+    assert under_test.stats().peak >= before + 80 * MIB
+    under_test.empty_cache()
+    under_test.reset_peak()
+    lowered = under_test.stats()
+    assert lowered.peak <= lowered.reserved + 8 * MIB
+    torch.ones(96 * MIB // 4).sum()
+    assert under_test.stats().peak >= lowered.peak + 80 * MIB
+
+
+def test_a_peak_that_the_kernel_does_not_reset_is_followed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "missing" / "clear_refs")
+    under_test = CpuMemory()
+    under_test.reset_peak()
+    assert abs(under_test.stats().peak - under_test.stats().reserved) < 8 * MIB
+
+
+FAULTS = """
+import resource, sys, torch
+torch.set_num_threads(1)
+if sys.argv[1] == "tuned":
+    from grpo_cpu.memory import CpuMemory
+    assert CpuMemory().tuning.applied
+def step():
+    for size in (2, 16, 40):
+        torch.ones(size << 18)
+for _ in range(5):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@needs_glibc
+def test_temporaries_of_a_step_are_not_paged_in_again() -> None:
+    """580 MiB of temporaries are some 148 000 pages; tuned, the heap takes its size in some steps."""
+    plain, tuned = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, mode], check=True, capture_output=True, text=True
+            ).stdout
+        )
+        for mode in ("plain", "tuned")
+    )
+    assert plain > 10 * 40 * MIB // resource.getpagesize() // 2
+    assert tuned < plain / 20
+
+
+def test_tuning_is_refused_with_a_reason_off_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(malloc.platform, "libc_ver", lambda: ("", ""))
+    tuning = malloc.tune.__wrapped__()
+    assert (tuning.applied, tuning.reason) == (False, "the C library is not glibc")
+    assert malloc.trim() is False
