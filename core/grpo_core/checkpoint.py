@@ -33,9 +33,7 @@ class RunState:
     plan_id: str
 
 
-def save_checkpoint(
-    run_dir: Path, state: RunState, write: Callable[[Path], None], *, keep: int
-) -> Path:
+def save_checkpoint(run_dir: Path, state: RunState, write: Callable[[Path], None], *, keep: int) -> Path:
     """Write a checkpoint through `write(folder)`, then drop all but the newest `keep`.
 
     Raises `CheckpointError` when the disk is full or not writable; earlier checkpoints stay as they were

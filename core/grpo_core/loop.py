@@ -125,6 +125,7 @@ def experience(parts: Parts, step: int, clock: Clock) -> list[Scored]:
         completions = generate(parts, questions, step)
         if config.rollout.sleep:
             parts.rollout.sleep()
+            parts.memory.empty_cache()
     with clock.phase("reward"):
         return with_advantages(parts, score(parts, questions, completions))
 
@@ -143,7 +144,9 @@ def generate(parts: Parts, questions: Mapping[int, Question], step: int) -> list
         Prompt(
             id=place,
             token_ids=question.token_ids,
-            seeds=tuple(derive_seed(config.run.seed, "rollout", step, place, g) for g in range(config.algo.group_size)),
+            seeds=tuple(
+                derive_seed(config.run.seed, "rollout", step, place, g) for g in range(config.algo.group_size)
+            ),
         )
         for place, question in questions.items()
     ]
@@ -155,14 +158,18 @@ def sampling_of(config: Config) -> Sampling:
     """The rollout's sampling settings."""
     r = config.rollout
     return Sampling(
-        max_tokens=r.max_tokens, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p,
-        stop=tuple(r.stop), stop_token_ids=tuple(r.stop_token_ids), min_tokens=r.min_tokens,
+        max_tokens=r.max_tokens,
+        temperature=r.temperature,
+        top_k=r.top_k,
+        top_p=r.top_p,
+        min_p=r.min_p,
+        stop=tuple(r.stop),
+        stop_token_ids=tuple(r.stop_token_ids),
+        min_tokens=r.min_tokens,
     )
 
 
-def score(
-    parts: Parts, questions: Mapping[int, Question], completions: Sequence[Completion]
-) -> list[Scored]:
+def score(parts: Parts, questions: Mapping[int, Question], completions: Sequence[Completion]) -> list[Scored]:
     """Completions with their rewards; the reward is the weighted sum."""
     pairs = [(completion.text, questions[completion.prompt_id].sample) for completion in completions]
     return [
@@ -192,8 +199,12 @@ def learn(parts: Parts, step: int, scored: Sequence[Scored], clock: Clock) -> li
     algo, train_config = parts.config.algo, parts.config.train
     with clock.phase("train"):
         batches = [
-            pack(part, micro_tokens=train_config.micro_tokens, share_prompt=train_config.share_prompt,
-                 device=parts.device)
+            pack(
+                part,
+                micro_tokens=train_config.micro_tokens,
+                share_prompt=train_config.share_prompt,
+                device=parts.device,
+            )
             for part in split_mini_batches(
                 scored, algo.mini_batches, seed=derive_seed(parts.config.run.seed, "split", step)
             )
@@ -225,7 +236,9 @@ def evaluate(parts: Parts) -> dict[str, float]:
         Prompt(id=i, token_ids=q.token_ids, seeds=(derive_seed(config.run.seed, "eval", i),))
         for i, q in mine.items()
     ]
-    sampling = replace(sampling_of(config), temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0)
+    sampling = replace(
+        sampling_of(config), temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0
+    )
     found = sorted(parts.rollout.generate(prompts, sampling), key=lambda completion: completion.prompt_id)
     everyone = gather(parts.group, score(parts, mine, found))
     metrics = {f"eval/{name}/excused": float(n) for name, n in parts.rewards.take_failures().items() if n}

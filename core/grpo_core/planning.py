@@ -58,7 +58,10 @@ def plan_run(loaded: LoadedConfig, *, earlier: Plan | None = None, world: int = 
     loaded = merge_recipe(loaded, family.recipe(device.name, world))
     facts = facts_of(loaded.config, info, world=world)
     needs, pins = needs_of(arch, facts), dict(loaded.config.ops)
-    for op, engine in (("engine.rollout", loaded.config.rollout.engine), ("engine.train", loaded.config.train.engine)):
+    for op, engine in (
+        ("engine.rollout", loaded.config.rollout.engine),
+        ("engine.train", loaded.config.train.engine),
+    ):
         pins.setdefault(op, engine_pin(catalogue, op, engine))
     if earlier is None:
         plan = resolve(needs, catalogue, info, pins=pins, fallback=loaded.config.fallback)

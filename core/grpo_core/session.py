@@ -214,5 +214,3 @@ class RunWriter:
                     "finish_reason": item.completion.finish_reason,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-

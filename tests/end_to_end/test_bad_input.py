@@ -153,7 +153,9 @@ def test_model_family_that_nobody_serves(failing: Run, tiny_recipe: Path, own_mo
 
 
 def test_op_that_nobody_serves(failing: Run, tiny_recipe: Path) -> None:
-    assert "attention.varlen" in failing("train", tiny_recipe, "ops={attention.varlen: cpu:flash_attention_9}")
+    assert "attention.varlen" in failing(
+        "train", tiny_recipe, "ops={attention.varlen: cpu:flash_attention_9}"
+    )
 
 
 def test_device_that_is_absent(failing: Run, tiny_recipe: Path) -> None:

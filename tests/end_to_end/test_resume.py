@@ -64,7 +64,9 @@ sys.exit(main(["train", recipe]))
 def test_sigkill_then_resume_equals_the_unbroken_run(phase: str, tiny_recipe: Path, tmp_path: Path) -> None:
     unbroken = train(str(tiny_recipe), f"run.dir={tmp_path}/unbroken")
     assert unbroken.returncode == 0, unbroken.stderr
-    killed = subprocess.run([sys.executable, "-c", KILLER, phase, str(tiny_recipe)], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, phase, str(tiny_recipe)], capture_output=True, text=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = train("--resume", str(tmp_path / "run"))
     assert resumed.returncode == 0, resumed.stderr

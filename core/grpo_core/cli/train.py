@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `grpo train`."""
     parser.add_argument("config", nargs="?", help="YAML file, or the first key=value when resuming")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder bit for bit")
-    parser.add_argument("--plan", type=Path, metavar="PLAN.JSON", help="pin every op to an earlier plan's choice")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="continue the run in this folder bit for bit"
+    )
+    parser.add_argument(
+        "--plan", type=Path, metavar="PLAN.JSON", help="pin every op to an earlier plan's choice"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

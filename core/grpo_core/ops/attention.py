@@ -20,8 +20,16 @@ class Varlen(Protocol):
     """Attention within each packed sequence; sequences never see each other. Differentiable in q, k, v."""
 
     def __call__(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, max_seqlen: int,
-        scale: float, causal: bool, window: int | None,
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKE: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        causal: bool,
+        window: int | None,
     ) -> Tensor:
         """Returns o_THE in the dtype of q. Query head h reads kv head h // (H // K)."""
         ...
@@ -37,8 +45,16 @@ class SharedPrefix(Protocol):
     """
 
     def __call__(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, parents: Tensor,
-        max_seqlen: int, scale: float, window: int | None,
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKE: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        parents: Tensor,
+        max_seqlen: int,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         """Returns o_THE in the dtype of q. `max_seqlen` is the longest segment, parent not counted."""
         ...
@@ -113,8 +129,15 @@ class Prefill(Protocol):
     """New tokens against the cached prefix of their sequence; the new tokens were written before."""
 
     def __call__(
-        self, q_THD: Tensor, cache: LayerCache, *, cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor,
-        scale: float, window: int | None,
+        self,
+        q_THD: Tensor,
+        cache: LayerCache,
+        *,
+        cu_seqlens_q: Tensor,
+        seqlens_k: Tensor,
+        slots: Tensor,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         """Returns o_THE. seqlens_k [B] counts prefix and new tokens; causal, aligned at the end."""
         ...
@@ -124,7 +147,13 @@ class Decode(Protocol):
     """One new token for each sequence; its key and value were written before."""
 
     def __call__(
-        self, q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float,
+        self,
+        q_BHD: Tensor,
+        cache: LayerCache,
+        *,
+        seqlens_k: Tensor,
+        slots: Tensor,
+        scale: float,
         window: int | None,
     ) -> Tensor:
         """Returns o_BHE. seqlens_k [B] int64 counts the new token; slots [B] int64."""
@@ -135,9 +164,21 @@ class Step(Protocol):
     """Decode in one call: q/k norm where given, rotary, cache write and attention."""
 
     def __call__(
-        self, qkv_BW: Tensor, cache: LayerCache, *, cos_BR: Tensor, sin_BR: Tensor, positions: Tensor,
-        slots: Tensor, num_heads: int, scale: float, window: int | None, interleaved: bool,
-        q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+        self,
+        qkv_BW: Tensor,
+        cache: LayerCache,
+        *,
+        cos_BR: Tensor,
+        sin_BR: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        num_heads: int,
+        scale: float,
+        window: int | None,
+        interleaved: bool,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
     ) -> Tensor:
         """Returns o_B(H*E). qkv_BW holds q, k, v of one token: W = (H + K) * D + K * E.
 

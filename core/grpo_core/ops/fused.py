@@ -16,7 +16,13 @@ class RmsNorm(Protocol):
     """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019). Differentiable."""
 
     def __call__(
-        self, x: Tensor, w: Tensor, *, eps: float, residual: Tensor | None, zero_centered: bool,
+        self,
+        x: Tensor,
+        w: Tensor,
+        *,
+        eps: float,
+        residual: Tensor | None,
+        zero_centered: bool,
     ) -> Any:
         """y = x / sqrt(mean(x^2) + eps) * w in float32, cast to x's dtype before the product with w.
 
@@ -30,7 +36,13 @@ class RopeApply(Protocol):
     """Rotary position embedding of queries and keys (Su et al. 2021). Differentiable in q and k."""
 
     def __call__(
-        self, q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool,
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        *,
+        interleaved: bool,
     ) -> tuple[Tensor, Tensor]:
         """Rotates the first 2R of D dimensions; the rest pass. cos/sin are float32.
 
@@ -69,8 +81,14 @@ class SampleToken(Protocol):
     """Draw one token a row by inverting the cumulative distribution at `u`."""
 
     def __call__(
-        self, logits_BV: Tensor, u_B: Tensor, *, temperature_B: Tensor, top_k_B: Tensor | None,
-        top_p_B: Tensor | None, min_p_B: Tensor | None,
+        self,
+        logits_BV: Tensor,
+        u_B: Tensor,
+        *,
+        temperature_B: Tensor,
+        top_k_B: Tensor | None,
+        top_p_B: Tensor | None,
+        min_p_B: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns ids_B int64, logprob_B under the sampling distribution, logprob1_B under temperature 1.
 
@@ -87,7 +105,13 @@ class LogProb(Protocol):
     """Log-probability of labels and entropy, from hidden states; never a [T, V] tensor."""
 
     def __call__(
-        self, hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, *, temperature: float, group: Any,
+        self,
+        hidden_TC: Tensor,
+        lm_head_VC: Tensor,
+        labels_T: Tensor,
+        *,
+        temperature: float,
+        group: Any,
     ) -> tuple[Tensor, Tensor]:
         """Returns (logprob_T, entropy_T) in float32, of softmax(hidden lm_head^T / temperature).
 
@@ -101,9 +125,20 @@ class AdamW(Protocol):
     """One AdamW step with decoupled weight decay (Loshchilov and Hutter 2019), in place."""
 
     def __call__(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor], *, step: int, lr: float, beta1: float, beta2: float, eps: float,
-        weight_decays: Sequence[float], grad_scale: float, copies: Sequence[Tensor | None],
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        *,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decays: Sequence[float],
+        grad_scale: float,
+        copies: Sequence[Tensor | None],
     ) -> None:
         """params, grads and moments are float32; each gradient is multiplied by `grad_scale` first.
 
