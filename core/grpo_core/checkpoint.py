@@ -64,9 +64,10 @@ def save_checkpoint(run_dir: Path, state: RunState, write: Callable[[Path], None
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         last = latest_checkpoint(run_dir)
+        cause = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"the checkpoint of step {state.step} could not be written to {root}",
-            why=f"{getattr(error, 'strerror', None) or error}; the last good one is {last.name if last else 'none'}",
+            why=f"{cause}; the last good one is {last.name if last else 'none'}",
             fix="free some space or mend the folder's permissions, then continue with"
             f" `grpo train --resume {run_dir}`",
         ) from error

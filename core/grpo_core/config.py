@@ -23,7 +23,7 @@ class DataConfig(Section):
     answer_key: str = "answer"
     """Column with the ground truth that rewards see as `sample.answer`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of the dataset: `limit` and `plain` (no chat template) of a file; `size`, `seed` and settings of a task."""
+    """Of the dataset: `limit`, `plain` (no chat template) of a file; `size`, `seed`, settings of a task."""
     eval_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the evaluation set."""
     system: str = ""

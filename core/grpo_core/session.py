@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from .ops.collectives import Group
     from .progress import Progress
-    from .train.base import Trainer
     from .trackers import Tracker
+    from .train.base import Trainer
 
 
 def build_parts(planned: PlannedRun, *, resume_from: Path | None = None) -> Parts:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from grpo_core.checkpoint import RunState, checkpoints, latest_checkpoint, read_state, save_checkpoint
 from grpo_core.errors import CheckpointError
 

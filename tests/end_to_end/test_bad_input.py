@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from grpo_core.checkpoint import checkpoints
 from grpo_core.cli.main import main
 

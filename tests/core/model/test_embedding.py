@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from grpo_core.model.embedding import lookup
 
 
