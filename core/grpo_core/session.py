@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -167,6 +168,11 @@ def encode(samples: Sequence[Sample], chat: Chat, config: Config, split: str) ->
             f"no prompt of data.{split} is left",
             why=f"all {dropped} are longer than data.max_prompt_tokens={limit}",
             fix="raise data.max_prompt_tokens",
+        )
+    if dropped:
+        print(
+            f"note: {dropped} prompts of data.{split} are longer than {limit} tokens: left out",
+            file=sys.stderr,
         )
     return found
 

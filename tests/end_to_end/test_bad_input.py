@@ -87,9 +87,10 @@ def hangs(text, sample):
 
 def late(text, sample):
     from pathlib import Path
-    count = Path(__file__).with_name("count")
-    calls = int(count.read_text()) if count.exists() else 0
-    count.write_text(str(calls + 1))
+    # Two workers count: appending one byte is atomic.
+    with Path(__file__).with_name("count").open("a") as count:
+        calls = count.tell()
+        count.write("x")
     if calls >= 40:
         raise ValueError("the answer sheet ended")
     return float(calls % 3)
