@@ -46,4 +46,4 @@ class RewardError(GrpoError):
 
 
 class NonFiniteError(GrpoError, FloatingPointError):
-    """A loss or gradient is NaN or infinite; the weights were not changed."""
+    """Logits, a loss or a gradient are NaN or infinite; nothing was changed because of them."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .algo.packing import pack, split_mini_batches
 from .config import Config
-from .errors import GrpoError
+from .errors import GrpoError, NonFiniteError
 from .metrics import completion_metrics, merge_step_metrics
 from .seeds import derive_seed
 from .types import Batch, Completion, Prompt, Sample, Sampling, Scored, StepMetrics
@@ -87,8 +87,8 @@ class Clock:
 def train(parts: Parts, observer: Observer, *, first_step: int) -> None:
     """Run steps `first_step`..`train.steps`.
 
-    Raises the `GrpoError` of whatever part failed. When it failed before the update of its step, the
-    weights are still those of the last finished step and are saved first, so that nothing is lost.
+    Raises the `GrpoError` of whatever part failed. Where the weights are those of a finished step, they are
+    saved first, so that nothing is lost.
     """
     config = parts.config
     parts.rollout.load_weights(parts.trainer.weights(), first_step)
@@ -97,13 +97,17 @@ def train(parts: Parts, observer: Observer, *, first_step: int) -> None:
     for step in range(first_step, config.train.steps):
         clock = Clock()
         began = time.perf_counter()
+        scored: list[Scored] | None = None
         try:
             scored = experience(parts, step, clock)
-        except GrpoError:
-            if step > first_step:
+            metrics = learn(parts, step, scored, clock)
+        except GrpoError as error:
+            # Of several updates, earlier ones may be done; and weights that diverged must not push good
+            # checkpoints out.
+            whole = scored is None or config.algo.mini_batches * config.algo.epochs == 1
+            if step > first_step and whole and not isinstance(error, NonFiniteError):
                 observer.save(step)
             raise
-        metrics = learn(parts, step, scored, clock)
         with clock.phase("sync"):
             parts.rollout.load_weights(parts.trainer.weights(), step + 1)
         done = step + 1
@@ -111,7 +115,12 @@ def train(parts: Parts, observer: Observer, *, first_step: int) -> None:
         everyone = gather(parts.group, scored)
         row = report(parts, everyone, metrics, clock)
         if config.eval.every and (done % config.eval.every == 0 or done == config.train.steps):
-            row |= evaluate(parts)
+            try:
+                row |= evaluate(parts)
+            except GrpoError:
+                observer.on_step(done, row, everyone)
+                observer.save(done)
+                raise
         observer.on_step(done, row, everyone)
         if done == config.train.steps or (config.run.save_every and done % config.run.save_every == 0):
             observer.save(done)

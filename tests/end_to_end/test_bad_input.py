@@ -94,6 +94,16 @@ def late(text, sample):
     if calls >= 40:
         raise ValueError("the answer sheet ended")
     return float(calls % 3)
+
+def late_in_eval(text, sample):
+    from pathlib import Path
+    if sample.source == "held_out":
+        with Path(__file__).with_name("seen").open("a") as seen:
+            calls = seen.tell()
+            seen.write("x")
+        if calls >= 3:
+            raise ValueError("the held-out answers ended")
+    return float(len(text) % 2)
 """
 
 
@@ -114,6 +124,33 @@ def test_reward_that_fails_late_loses_nothing(
     monkeypatch.syspath_prepend(str(tmp_path))
     failing("train", tiny_recipe, "rewards=[{name: 'my_rewards:late'}]", "run.save_every=0")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_reward_that_fails_in_a_later_evaluation_loses_nothing(
+    failing: Run, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 3)
+    failing(
+        "train", tiny_recipe, "rewards=[{name: 'my_rewards:late_in_eval'}]", "run.save_every=0",
+        f"data.eval={tmp_path}/held_out.jsonl", "data.eval_options={plain: true}", "eval.every=2",
+    )  # fmt: skip
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000002"]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [0, 1, 2]
+
+
+def test_weights_that_diverge_do_not_push_good_checkpoints_out(
+    failing: Run, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    error = failing(
+        "train", tiny_recipe, "train.lr=1e30", "train.max_grad_norm=0", "run.save_every=0", "train.steps=20"
+    )
+    assert "NaN" in error
+    assert checkpoints(tmp_path / "run") == []
 
 
 def test_run_folder_exists(failing: Run, tiny_recipe: Path, tmp_path: Path) -> None:

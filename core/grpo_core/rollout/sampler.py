@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -96,14 +96,21 @@ class TokenSampler:
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = logits_BV.shape[0]
         u_B = torch.from_numpy(uniforms(keys_B, counts_B)).to(self.device)
-        return self.op(
-            logits_BV,
-            u_B,
-            temperature_B=self.temperature[:rows],
-            top_k_B=None if self.top_k is None else self.top_k[:rows],
-            top_p_B=None if self.top_p is None else self.top_p[:rows],
-            min_p_B=None if self.min_p is None else self.min_p[:rows],
-        )
+        try:
+            return self.op(
+                logits_BV,
+                u_B,
+                temperature_B=self.temperature[:rows],
+                top_k_B=None if self.top_k is None else self.top_k[:rows],
+                top_p_B=None if self.top_p is None else self.top_p[:rows],
+                min_p_B=None if self.min_p is None else self.min_p[:rows],
+            )
+        except FloatingPointError as error:
+            raise NonFiniteError(
+                "the model's logits hold NaN or infinity",
+                why="its weights have diverged, or the checkpoint holds values that overflow",
+                fix="resume from an earlier checkpoint with a lower train.lr or train.max_grad_norm=1.0",
+            ) from error
 
     def _held_back(
         self, logits_BV: Tensor, keys_B: NDArray[np.uint64], counts_B: NDArray[np.int64]
