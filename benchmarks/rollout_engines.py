@@ -50,7 +50,7 @@ def native(model: str, dtype: str, max_sequences: int, max_len: int, pins: Mappi
     engine = backend.engine.rollout(
         RolloutSetup(
             arch=arch, weight_map=family.weights(arch),
-            chat=Chat.from_folder(model, family.stop_tokens()), backend=backend, device=device.open(0),
+            chat=Chat.from_folder(model, family.chat()), backend=backend, device=device.open(0),
             dtype=getattr(torch, dtype), model_path=model, max_sequences=max_sequences,
             max_model_len=max_len, options={},
         )
@@ -75,12 +75,14 @@ def native(model: str, dtype: str, max_sequences: int, max_len: int, pins: Mappi
     return generate
 
 
-def hf(model: str, dtype: str, max_sequences: int, max_len: int, pins: Mapping[str, str]) -> Generate:
-    """transformers' `generate`: one static batch, left padding, SDPA."""
+def hf(
+    model: str, dtype: str, max_sequences: int, max_len: int, pins: Mapping[str, str], **settings: str
+) -> Generate:
+    """transformers' `generate`: one static batch, left padding; SDPA unless `settings` say otherwise."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **settings).eval()
 
     def generate(prompts: Sequence[Sequence[int]], group: int, new: int, seed: int) -> Rollouts:
         width = max(len(ids) for ids in prompts)

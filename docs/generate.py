@@ -1,4 +1,4 @@
-"""Write the pages that follow from the code: configuration.md and hooks.md.
+"""Write the pages that follow from the code: configuration.md, hooks.md and models.md.
 
     python docs/generate.py            write them
     python docs/generate.py --check    exit 1 when they are not up to date
@@ -12,6 +12,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -20,12 +21,18 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from grpo_core import config, hookspecs, impl
-from grpo_core.model.arch import Arch, Attention, DenseMLP, Layer, Rope
+from grpo_core.model.arch import MLA, Arch, Attention, DenseMLP, GatedDelta, Layer, MoE, Rope
+from grpo_core.model.layout import Layout, rank_bytes
+from grpo_core.model.scale import active_parameters, total_parameters
 from grpo_core.needs import RunFacts, needs_of
 from grpo_core.ops.contract import CONTRACTS, Contract
-from grpo_core.plugin_checks import CACHE_READERS
+from grpo_core.plugin_checks import CACHE_OF
+from grpo_core.plugins import load
 
 DOCS = Path(__file__).parent
+PUBLISHED = DOCS.parent / "tests" / "plugins" / "models" / "published"
+"""config.json of real models, as their authors published them."""
+CPU = impl.DeviceInfo(type="cpu", dtypes=frozenset({"float32", "float64", "bfloat16"}))
 BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 NOTE = "<!-- Written by docs/generate.py; edit the docstrings instead. -->\n"
 
@@ -152,15 +159,27 @@ def method_text(function: Any) -> str:
 def facts_by_op() -> dict[str, list[str]]:
     """The facts that a plan asks of each op, which are what `limits` may name."""
     rope = Rope(theta=10000.0, rotary_dim=64)
-    mixer = Attention(num_attention_heads=2, num_key_value_heads=1, head_dim=64, rope=rope, qk_norm=True)
+    heads = {"num_attention_heads": 2, "rope": rope}
+    mixers = (
+        Attention(num_key_value_heads=1, head_dim=64, qk_norm=True, **heads),
+        MLA(
+            q_lora_rank=32, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
+            scale=0.1, **heads,
+        ),
+        GatedDelta(num_key_heads=1, num_value_heads=2, key_head_dim=64, value_head_dim=64, conv_kernel=4),
+    )  # fmt: skip
+    moe = MoE(num_experts=4, top_k=2, intermediate_size=64, score="softmax", norm_topk_prob=True)
+    layers = [
+        Layer(mixer=mixer, ffn=ffn) for mixer in mixers for ffn in (DenseMLP(intermediate_size=256), moe)
+    ]
     arch = Arch(
         family="example", vocab_size=64, hidden_size=128, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        layers=(Layer(mixer=mixer, ffn=DenseMLP(intermediate_size=256)),), max_position_embeddings=128,
+        layers=tuple(layers), max_position_embeddings=128,
     )  # fmt: skip
     found: dict[str, dict[str, None]] = {op: {} for op in CONTRACTS}
     for need in needs_of(arch, RunFacts(train_dtype="float32", rollout_dtype="float32")):
         found[need.op].update(dict.fromkeys(need.facts))
-    for op in CACHE_READERS:
+    for op in CACHE_OF:
         found[op]["cache"] = None
     return {op: list(names) for op, names in found.items()}
 
@@ -224,7 +243,59 @@ def hooks_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-PAGES = {"configuration.md": configuration_page, "hooks.md": hooks_page}
+def models_page() -> str:
+    """docs/models.md"""
+    catalogue = load()
+    own = {plugin.id for plugin in catalogue.plugins if plugin.distribution == "grpo-core"}
+    families = [one for one in catalogue.models.values() if catalogue.owners[f"model:{one.name}"] in own]
+    served = {path.stem: json.loads(path.read_text()) for path in sorted(PUBLISHED.glob("*.json"))}
+    owner = {
+        name: next(one for one in families if set(one.architectures) & set(config["architectures"]))
+        for name, config in served.items()
+    }
+    archs = {name: owner[name].arch(config) for name, config in served.items()}
+    lines = [NOTE, (DOCS / "parts" / "models.md").read_text(), "## Families\n"]
+    lines += ["| family | architectures | switch for thinking |", "| --- | --- | --- |"]
+    for family in families:
+        names = ", ".join(f"`{name}`" for name in family.architectures)
+        lines.append(f"| `{family.name}` | {names} | {cell(family.chat().thinking or '-')} |")
+    lines.append("\nAnother one is a package with [one file like these](write-a-model-plugin.md).")
+    lines += [
+        "\n## Sizes\n",
+        "Counted from `config.json`, without layers for multi-token prediction. The cache is that of one",
+        "more token in bfloat16, over all layers; the state is that of one sequence of any length.\n",
+        "| model | family | parameters | active | cache of a token | state of a sequence |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, arch in archs.items():
+        _, held = rank_bytes(arch, Layout(), dtype="bfloat16")
+        state = f"{held.state_sequence / 2**20:.1f} MiB" if held.state_sequence else "-"
+        lines.append(
+            f"| {name} | `{arch.family}` | {total_parameters(arch) / 1e9:.2f} B |"
+            f" {active_parameters(arch) / 1e9:.2f} B | {held.kv_cache_token / 1024:.1f} KiB |"
+            f" {state} |"
+        )
+    lines += ["\n## Recipes\n", (DOCS / "parts" / "models-recipes.md").read_text()]
+    recipes = {name: owner[name].recipe(arch, CPU, 1) for name, arch in archs.items()}
+    lines += recipe_rows(recipes)
+    lines += ["", (DOCS / "parts" / "models-topics.md").read_text()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def recipe_rows(recipes: dict[str, dict[str, Any]]) -> list[str]:
+    """One row for each setting and advice, with the models that get it."""
+    rows = ["| setting | default | for | why |", "| --- | --- | --- | --- |"]
+    told: dict[tuple[str, str, str], list[str]] = {}
+    for name, recipe in recipes.items():
+        for key, advice in recipe.items():
+            told.setdefault((key, str(advice.value), advice.why), []).append(name)
+    for (key, value, why), names in sorted(told.items()):
+        models = "all" if len(names) == len(recipes) else ", ".join(names)
+        rows.append(f"| `{key}` | `{value}` | {models} | {cell(why)} |")
+    return rows
+
+
+PAGES = {"configuration.md": configuration_page, "hooks.md": hooks_page, "models.md": models_page}
 
 
 def stale() -> list[str]:

@@ -24,6 +24,10 @@ class Backend:
     """The ops of a run: `backend.attention.varlen(...)`."""
 
     attention: slots.AttentionOps
+    mla: slots.MlaOps
+    gated_delta: slots.GatedDeltaOps
+    short_conv: slots.ShortConvOps
+    moe: slots.MoeOps
     norm: slots.NormOps
     rope: slots.RopeOps
     mlp: slots.MlpOps
@@ -38,6 +42,10 @@ class Backend:
 
 NAMESPACES: Mapping[str, Callable[..., Any]] = {
     "attention": slots.AttentionOps,
+    "mla": slots.MlaOps,
+    "gated_delta": slots.GatedDeltaOps,
+    "short_conv": slots.ShortConvOps,
+    "moe": slots.MoeOps,
     "norm": slots.NormOps,
     "rope": slots.RopeOps,
     "mlp": slots.MlpOps,
@@ -68,11 +76,7 @@ def bind(plan: Plan, *, contracts: Mapping[str, Contract] = CONTRACTS) -> Backen
         elif row is not None:
             bound[op] = _unserved(row)
         else:
-            raise PluginError(
-                f"the plan has no row for {op}",
-                why="the needs that it was made from did not ask for it",
-                fix="plan again with needs that hold every op, as `grpo plan` does",
-            )
+            bound[op] = _unserved(Choice(op=op, chosen=None, load="", reason="this model does not need it"))
     return _backend(bound)
 
 

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from .ops import attention as a
     from .ops import collectives as c
     from .ops import fused as f
+    from .ops import linear_attention as la
     from .ops import memory as m
+    from .ops import mla, moe
     from .rollout.base import Rollout
     from .train.base import Trainer
 
@@ -22,6 +24,35 @@ class AttentionOps:
     prefill: a.Prefill
     decode: a.Decode
     step: a.Step | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaOps:
+    varlen: mla.MlaVarlen
+    cache: type[mla.LatentCache]
+    prefill: mla.MlaPrefill
+    decode: mla.MlaDecode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedDeltaOps:
+    chunk: la.DeltaChunk
+    step: la.DeltaStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortConvOps:
+    varlen: la.ConvVarlen
+    step: la.ConvStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeOps:
+    route: moe.MoeRoute
+    dispatch: moe.MoeDispatch
+    experts: moe.MoeExperts
+    combine: moe.MoeCombine
+    layer: moe.MoeLayer | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +72,7 @@ class MlpOps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearOps:
+    dense: f.DenseLinear
     packed: type[f.PackedLinear]
 
 

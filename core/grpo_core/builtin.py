@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING
 from .hookspecs import hookimpl
 from .impl import NOTHING, Impl
 from .ops.contract import CONTRACTS, Contract
-from .plugin_checks import CACHE_READERS
+from .plugin_checks import CACHE_OF
 
 if TYPE_CHECKING:
     from .devices.base import Device
     from .registry import Registry
 
 REFERENCE_LIMITS: Mapping[str, Mapping[str, Container[object]]] = {
-    **{op: {"cache": frozenset({"core:reference"})} for op in CACHE_READERS},
+    **{op: {"cache": frozenset({"core:reference"})} for op in CACHE_OF},
     "comm.collectives": {"world": frozenset({1})},
 }
 """What the references cannot do: they read their own cache, and know no other process."""
+
+BATCH_INVARIANT = frozenset({"attention.cache", "mla.cache", "norm.rms", "rope.apply", "moe.dispatch"})
+"""References that store or move rows, or compute each one alone in operations without a vector tail."""
 
 
 def _references(hook: str) -> Iterable[Impl]:
@@ -39,6 +42,7 @@ def _reference(contract: Contract) -> Impl:
         load=contract.reference or "",
         limits=REFERENCE_LIMITS.get(contract.op, NOTHING),
         backward=contract.backward,
+        batch_invariant=contract.op in BATCH_INVARIANT,
         rank=0,
         contract=contract.version,
     )
@@ -50,6 +54,7 @@ def _engine(contract: Contract) -> Impl:
         name="native",
         device="*",
         load=contract.reference or "",
+        batch_invariant=True,
         rank=50,
         contract=contract.version,
     )
@@ -66,6 +71,16 @@ def grpo_devices() -> Iterable[Device]:
 @hookimpl
 def grpo_attention() -> Iterable[Impl]:
     return _references("attention")
+
+
+@hookimpl
+def grpo_linear_attention() -> Iterable[Impl]:
+    return _references("linear_attention")
+
+
+@hookimpl
+def grpo_fused_moe() -> Iterable[Impl]:
+    return _references("fused_moe")
 
 
 @hookimpl

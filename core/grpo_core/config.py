@@ -30,6 +30,8 @@ class DataConfig(Section):
     """System message put before each prompt; empty for the template's own."""
     suffix: str = ""
     """Text added to each user message."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Switch of the chat template, where it has one; "auto" leaves it to the template."""
     max_prompt_tokens: int = Field(512, ge=1)
     """Prompts longer than this, chat template included, are overlong."""
     overlong: Literal["error", "drop"] = "error"
@@ -129,6 +131,15 @@ class TrainConfig(Section):
     """Compute a group's prompt once for all its completions."""
     recompute: bool = False
     """Recompute activations of each layer in the backward pass."""
+    routing_replay: Literal["off", "R2", "R3"] = "off"
+    """Experts of a mixture in the update: "off" routes afresh, "R3" replays those of the rollout engine, "R2"
+    those of the pass that takes the old log-probs. That pass is run when algo.mini_batches x algo.epochs is
+    above 1; a step of one update starts from the same weights, so that its own routing is R2's already."""
+    router_dtype: Literal["float32", "float64"] = "float32"
+    """Of the routers' logits, in training and rollout; the compute dtype would be too coarse to agree."""
+    mtp: Literal["off", "load"] = "off"
+    """Layers for multi-token prediction, which are not trained: "off" leaves them in the source checkpoint,
+    from where an export copies them; "load" holds them in memory and hands them to engines, too."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the trainer."""
 
@@ -191,6 +202,9 @@ class Config(Section):
     """Devices by role, where they differ."""
     fallback: Literal["none", "reference"] = "none"
     """Whether an op that no plugin serves on the device may run on the slow reference."""
+    consistent: bool = False
+    """Rollout and trainer give the same log-probs for the same tokens, bit for bit, whatever is batched or
+    packed around a sequence; slower (see memory-and-speed.md). Ops that cannot promise it are passed over."""
     ops: dict[str, str] = Field(default_factory=dict)
     """Pins: op -> "<plugin>:<name>"."""
     plugins_off: list[str] = Field(default_factory=list)

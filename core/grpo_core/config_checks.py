@@ -91,6 +91,12 @@ def _warnings(config: Config) -> Iterator[Finding]:
         )
     if config.data.eval and not config.eval.every:
         yield "data.eval", "data.eval is set but eval.every is 0: it is never evaluated"
+    if train.routing_replay == "R2" and algo.mini_batches * algo.epochs == 1:
+        yield (
+            "train.routing_replay",
+            "train.routing_replay R2 replays the pass that takes the old log-probs,"
+            " which a step of one update (algo.mini_batches 1, algo.epochs 1) does not need; R3 replays the rollout",
+        )
     if algo.epochs > 4:
         yield (
             "algo.epochs",

@@ -44,7 +44,7 @@ def lay_override(tree: dict[str, Any], given: dict[KeyPath, str], override: str)
     document = parse_yaml(text, where) if text.strip() else None
     for _, problem in document.problems if document else ():
         yield Problem(where=where, text=problem)
-    yield from assign(tree, given, path, document.data if document else "", "override")
+    yield from assign(tree, given, path, document.data if document else "", "command line")
 
 
 def path_of(dotted: str) -> KeyPath:

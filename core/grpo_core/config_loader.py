@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -16,6 +16,9 @@ from .config_schema import leaf_keys, section_of
 from .errors import ConfigError
 from .yaml_source import KeyPath, dump, parse_yaml
 
+if TYPE_CHECKING:
+    from .model.plugin import Advice
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedConfig:
@@ -23,7 +26,7 @@ class LoadedConfig:
 
     config: Config
     sources: Mapping[str, str]
-    """Dotted key -> "default", "recipe", "<file>:<line>" or "override"."""
+    """Dotted key -> "default", "recipe of <family>: <why>", "<file>:<line>" or "command line"."""
     warnings: tuple[str, ...]
     """Settings that are allowed but hardly meant, one line each."""
     tree: Mapping[str, Any]
@@ -62,20 +65,21 @@ def parse_config(text: str, name: str = "config.yaml", overrides: Sequence[str] 
     return _validated(tree, given, name, problems)
 
 
-def merge_recipe(loaded: LoadedConfig, recipe: Mapping[str, Any]) -> LoadedConfig:
-    """`loaded` with a model family's defaults (dotted key -> value) below the file and the overrides.
+def merge_recipe(loaded: LoadedConfig, recipe: Mapping[str, Advice], family: str) -> LoadedConfig:
+    """`loaded` with a model family's defaults (by dotted key) below the file and the overrides.
 
     Raises `ConfigError` for a recipe with a key or value that the schema does not know.
     """
     tree = copy_tree(loaded.tree)
     given = dict(loaded.given)
     problems = []
-    for dotted, value in recipe.items():
+    for dotted, advice in recipe.items():
         path = path_of(dotted)
         if known(path) is None:
-            problems.append(Problem(where="recipe", text=unknown(dotted)))
+            problems.append(Problem(where=f"recipe of {family}", text=unknown(dotted)))
         elif not has(tree, path):
-            problems.extend(assign(tree, given, path, value, "recipe"))
+            source = f"recipe of {family}: {advice.why}"
+            problems.extend(assign(tree, given, path, advice.value, source))
     return _validated(tree, given, loaded.name, problems)
 
 

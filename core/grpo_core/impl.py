@@ -43,6 +43,8 @@ class Need:
     """Whether it must be capturable in a device graph."""
     deterministic: bool = False
     """Whether equal inputs must give equal bits."""
+    batch_invariant: bool = False
+    """Whether the bits of a sequence may depend on that sequence alone (see `Impl.batch_invariant`)."""
     required: bool = True
     """False for an op that only makes things faster (`attention.step`): unserved is not an error."""
 
@@ -73,6 +75,11 @@ class Impl:
     """Can be captured in a device graph."""
     deterministic: bool = False
     """Equal inputs give equal bits."""
+    batch_invariant: bool = False
+    """A row's bits depend on that row alone (with attention or a state: on its sequence), not on what is
+    packed, batched or padded around it, nor on how its sequence is cut into calls. Offers of one plugin that
+    belong together give the same bits for the same sequence: attention.*, mla.*, gated_delta.*, short_conv.*,
+    linear.dense and linear.packed, loss.logprob and sample.token."""
     rank: int = 50
     """0 reference, 50 ok, 80 fused vendor kernel."""
     contract: int = 0

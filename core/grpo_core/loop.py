@@ -18,7 +18,7 @@ from .algo.packing import pack, split_mini_batches
 from .config import Config
 from .errors import GrpoError, NonFiniteError
 from .metrics import completion_metrics, merge_step_metrics
-from .seeds import derive_seed
+from .seeds import derive_seed, derive_seeds
 from .types import Batch, Completion, Prompt, Sample, Sampling, Scored, StepMetrics
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ def generate(parts: Parts, questions: Mapping[int, Question], step: int) -> list
         Prompt(
             id=place,
             token_ids=question.token_ids,
-            seeds=tuple(
-                derive_seed(config.run.seed, "rollout", step, place, g) for g in range(config.algo.group_size)
-            ),
+            seeds=derive_seeds(config.run.seed, "rollout", step, place, count=config.algo.group_size),
         )
         for place, question in questions.items()
     ]
@@ -200,7 +198,7 @@ def with_advantages(parts: Parts, scored: Sequence[Scored]) -> list[Scored]:
     rewards_N = torch.tensor([item.reward for item in scored], dtype=torch.float64)
     groups_N = torch.tensor([item.completion.prompt_id for item in scored], dtype=torch.int64)
     advantages_N = parts.advantage(rewards_N, groups_N)
-    return [item.with_advantage(float(a)) for item, a in zip(scored, advantages_N, strict=True)]
+    return [item.with_advantage(a) for item, a in zip(scored, advantages_N.tolist(), strict=True)]
 
 
 def learn(parts: Parts, step: int, scored: Sequence[Scored], clock: Clock) -> list[StepMetrics]:
@@ -220,16 +218,11 @@ def learn(parts: Parts, step: int, scored: Sequence[Scored], clock: Clock) -> li
         ]
     with clock.phase("logprob"):
         if algo.mini_batches * algo.epochs > 1:
-            batches = [with_old(part, parts.trainer.logprobs(part, reference=False)) for part in batches]
+            batches = [parts.trainer.with_old(part) for part in batches]
         if algo.kl_coef > 0:
             batches = [with_reference(part, parts.trainer.logprobs(part, reference=True)) for part in batches]
     with clock.phase("train"):
         return [parts.trainer.step(part, parts.loss) for _ in range(algo.epochs) for part in batches]
-
-
-def with_old(batches: Sequence[Batch], logprobs: Sequence[Tensor]) -> list[Batch]:
-    """Micro-batches that know the log-probs of the policy that starts the step."""
-    return [replace(b, old_logprobs_L=lp) for b, lp in zip(batches, logprobs, strict=True)]
 
 
 def with_reference(batches: Sequence[Batch], logprobs: Sequence[Tensor]) -> list[Batch]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from .errors import ConfigError
 from .impl import DeviceInfo, Need
+from .layer_needs import bookkeeping_needs, layer_needs, norm
+from .model.arch import MoE
 
 if TYPE_CHECKING:
     from .config import Config
-    from .model.arch import Arch, Layer
+    from .model.arch import Arch
+
+
+INDIFFERENT = ("optim.", "memory.", "comm.")
+"""Beginnings of ops that no sequence passes through: consistency asks nothing of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,22 +30,37 @@ class RunFacts:
     recompute: bool = False
     share_prompt: bool = True
     """Off leaves `attention.shared_prefix` optional, for a device that does not have it."""
+    router_dtype: str = "float32"
+    """Of the logits of routers: "float32" or "float64"."""
     graph: bool = False
     """Ask for ops that are safe under graph capture."""
     deterministic: bool = False
+    consistent: bool = False
+    """Rollout and trainer give the same bits for the same sequence, whatever runs beside it."""
 
 
 def facts_of(config: Config, device: DeviceInfo, *, world: int = 1) -> RunFacts:
-    """The facts of a config on a device: "auto" becomes bfloat16 where the device has it fast."""
+    """The facts of a config on a device: "auto" becomes bfloat16 where the device has it fast.
+
+    Raises `ConfigError` for `consistent` with two dtypes.
+    """
     auto = "bfloat16" if "fast_bf16" in device.features else "float32"
     train = auto if config.train.dtype == "auto" else config.train.dtype
     rollout = train if config.rollout.dtype == "auto" else config.rollout.dtype
+    if config.consistent and rollout != train:
+        raise ConfigError(
+            f"consistent: true with a trainer in {train} and a rollout in {rollout}",
+            why="two dtypes round differently, so log-probs could not be equal bit for bit",
+            fix="remove rollout.dtype, or set it to the value of train.dtype",
+        )
     return RunFacts(
         train_dtype=train,
         rollout_dtype=rollout,
         world=world,
         recompute=config.train.recompute,
         share_prompt=config.train.share_prompt,
+        router_dtype=config.train.router_dtype,
+        consistent=config.consistent,
     )
 
 
@@ -48,49 +69,31 @@ def needs_of(arch: Arch, facts: RunFacts) -> list[Need]:
 
     An offer serves an op only if it fits all its needs, since one function is bound for all layers.
     """
-    needs = [need for layer in arch.layers for need in _layer_needs(layer, arch, facts)]
-    needs += _model_needs(arch, facts) + _run_needs(facts)
+    needs = [need for layer in arch.layers for need in layer_needs(layer, arch, facts)]
+    needs += bookkeeping_needs(arch, facts) + _model_needs(arch, facts) + _run_needs(facts)
     distinct: list[Need] = []
     for need in needs:
-        need = replace(need, graph=facts.graph, deterministic=facts.deterministic)
+        need = replace(
+            need,
+            graph=facts.graph,
+            deterministic=facts.deterministic,
+            batch_invariant=facts.consistent and not need.op.startswith(INDIFFERENT),
+        )
         if need not in distinct:
             distinct.append(need)
     return distinct
 
 
-def _layer_needs(layer: Layer, arch: Arch, facts: RunFacts) -> list[Need]:
-    mixer, rope = layer.mixer, layer.mixer.rope
-    heads: Mapping[str, object] = {
-        "head_dim": mixer.head_dim,
-        "v_head_dim": mixer.head_dim,
-        "num_key_value_groups": mixer.num_attention_heads // mixer.num_key_value_heads,
-        "window": mixer.window is not None,
-    }
-    train = {"dtype": facts.train_dtype, **heads}
-    rollout = {"dtype": facts.rollout_dtype, **heads}
-    step = {"qk_norm": mixer.qk_norm, "interleaved": rope.interleaved, "rotary_dim": rope.rotary_dim}
-    rotary = {"rotary_dim": rope.rotary_dim, "head_dim": mixer.head_dim, "interleaved": rope.interleaved}
-    swiglu = {"intermediate_size": layer.ffn.intermediate_size}
-    needs = [
-        Need(op="attention.varlen", facts=train, backward=True),
-        Need(op="attention.shared_prefix", facts=train, backward=True, required=facts.share_prompt),
-        Need(op="attention.cache", facts=rollout),
-        Need(op="attention.prefill", facts=rollout),
-        Need(op="attention.decode", facts=rollout),
-        Need(op="attention.step", facts={**rollout, **step}, required=False),
-        *_both("rope.apply", rotary, facts),
-        *_both("mlp.swiglu", swiglu, facts),
-    ]
-    if mixer.qk_norm:
-        needs += _both("norm.rms", {"hidden_size": mixer.head_dim, "zero_centered": False}, facts)
-    return needs
-
-
 def _model_needs(arch: Arch, facts: RunFacts) -> list[Need]:
     vocabulary = {"vocab_size": arch.vocab_size}
     head = {"hidden_size": arch.hidden_size, **vocabulary}
+    # In consistent mode routers go through the same rows of a fixed number, in their own dtype.
+    routers = facts.consistent and any(isinstance(layer.ffn, MoE) for layer in arch.layers)
+    router = [Need(op="linear.dense", facts={"dtype": facts.router_dtype}, backward=True)] if routers else []
     return [
-        *_both("norm.rms", {"hidden_size": arch.hidden_size, "zero_centered": False}, facts),
+        *norm(arch.hidden_size, arch.zero_centered_norm, facts),
+        *router,
+        Need(op="linear.dense", facts={"dtype": facts.train_dtype}, backward=True),
         Need(op="linear.packed", facts={"dtype": facts.rollout_dtype}),
         Need(op="sample.token", facts={"dtype": facts.rollout_dtype, **vocabulary}),
         Need(op="loss.logprob", facts={"dtype": facts.train_dtype, **head}, backward=True),
@@ -107,12 +110,4 @@ def _run_needs(facts: RunFacts) -> list[Need]:
             op="engine.train",
             facts={"dtype": facts.train_dtype, "world": facts.world, "recompute": facts.recompute},
         ),
-    ]
-
-
-def _both(op: str, sizes: Mapping[str, object], facts: RunFacts) -> list[Need]:
-    """An op of the decoder, which the trainer differentiates and the rollout runs in its own dtype."""
-    return [
-        Need(op=op, facts={"dtype": facts.train_dtype, **sizes}, backward=True),
-        Need(op=op, facts={"dtype": facts.rollout_dtype, **sizes}),
     ]

@@ -42,8 +42,11 @@ class PlannedRun:
         return self.loaded.config
 
 
-def plan_run(loaded: LoadedConfig, *, earlier: Plan | None = None, world: int = 1) -> PlannedRun:
-    """Plan a run; with `earlier` every op is pinned to that plan's choice.
+def plan_run(
+    loaded: LoadedConfig, *, earlier: Plan | None = None, world: int = 1, weights: bool = True
+) -> PlannedRun:
+    """Plan a run; with `earlier` every op is pinned to that plan's choice. Without `weights` those of a
+    model on the hub are not downloaded: a plan needs its config.json only.
 
     Raises the `GrpoError` of whatever does not fit: model, family, device, op or pin.
     """
@@ -51,11 +54,11 @@ def plan_run(loaded: LoadedConfig, *, earlier: Plan | None = None, world: int = 
     one_device(config)
     catalogue = load(off=config.plugins_off)
     device, info = pick_device(config.device, catalogue)
-    model_path = resolve_model(config.model)
+    model_path = resolve_model(config.model, weights=weights)
     hf_config = read_hf_config(model_path)
     family = catalogue.model_plugin_for(hf_config.get("architectures") or ())
     arch = family.arch(hf_config)
-    loaded = merge_recipe(loaded, family.recipe(device.name, world))
+    loaded = merge_recipe(loaded, family.recipe(arch, info, world), family.name)
     facts = facts_of(loaded.config, info, world=world)
     needs, pins = needs_of(arch, facts), dict(loaded.config.ops)
     for op, engine in (

@@ -5,19 +5,28 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from .impl import Impl
 from .ops.contract import Contract
 from .requirements import requirement_problem
 
-CACHE_OP = "attention.cache"
-CACHE_READERS = ("attention.prefill", "attention.decode", "attention.step")
-"""Ops that read a cache whose layout belongs to the offer of `attention.cache`."""
+CACHES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention.cache": ("attention.prefill", "attention.decode", "attention.step"),
+        "mla.cache": ("mla.prefill", "mla.decode"),
+    }
+)
+"""Op of a cache -> ops that read it; the layout belongs to the offer of the cache."""
+CACHE_OF: Mapping[str, str] = MappingProxyType(
+    {reader: cache for cache, readers in CACHES.items() for reader in readers}
+)
+"""The same the other way: reader -> op of its cache."""
 
 _POINTER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DEVICE_MEMBERS = ("name", "type", "vendor", "visible_env", "comm", "probe", "open", "synchronize", "seed",
                    "rng_state", "set_rng_state")  # fmt: skip
-_MODEL_MEMBERS = ("name", "architectures", "arch", "weights", "stop_tokens", "recipe")
+_MODEL_MEMBERS = ("name", "architectures", "arch", "weights", "chat", "recipe")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -46,7 +55,7 @@ def _scalar_problem(impl: Impl) -> str | None:
         return f"device must be a torch device type or '*', not {impl.device!r}"
     if not isinstance(impl.load, str) or not _POINTER.fullmatch(impl.load):
         return f"load must be 'package.module:attribute', not {impl.load!r}"
-    for field in ("backward", "graph", "deterministic"):
+    for field in ("backward", "graph", "deterministic", "batch_invariant"):
         if not isinstance(getattr(impl, field), bool):
             return f"{field} must be True or False, not {getattr(impl, field)!r}"
     for field in ("rank", "contract"):
@@ -78,7 +87,7 @@ def _limits_problem(impl: Impl) -> str | None:
         # A string is a container of its substrings: "float" would be found in "bfloat16".
         if isinstance(allowed, str | bytes) or not hasattr(allowed, "__contains__"):
             return f"limits[{fact!r}] must be a set, range or other container of values, not {allowed!r}"
-    if impl.op in CACHE_READERS and "cache" not in impl.limits:
+    if impl.op in CACHE_OF and "cache" not in impl.limits:
         return "it reads a cache, so limits['cache'] must name the ids of the caches it can read"
     return None
 

@@ -29,7 +29,7 @@ GROUP = "grpo.plugins"
 BUNDLED = "grpo-core"
 """Distribution whose plugins come first: installing another package cannot take their names."""
 CORE = "core"
-CORE_COMMANDS = ("train", "plan", "plugins", "doctor", "report")
+CORE_COMMANDS = ("train", "plan", "plugins", "doctor", "report", "new-plugin")
 """Commands of the core's own command line, closed to plugins."""
 HOOKS = tuple(sorted(name for name in vars(hookspecs) if name.startswith("grpo_")))
 

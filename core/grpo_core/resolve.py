@@ -10,7 +10,7 @@ from .errors import PlanError
 from .impl import DeviceInfo, Need
 from .ops.contract import CONTRACTS, Contract
 from .plan import NONE, Choice, Passed, Plan, PluginVersion
-from .plugin_checks import CACHE_OP, CACHE_READERS, did_you_mean
+from .plugin_checks import CACHE_OF, CACHES, did_you_mean
 from .plugins import Catalogue, Offer, broken_plugins
 from .weigh import ONLY_WITH_FALLBACK, is_fallback, refusal
 
@@ -65,11 +65,11 @@ def resolve(
     )
     notes = _check_pins(question)
     choices: dict[str, Choice] = {}
-    if CACHE_OP in grouped:
-        choices[CACHE_OP] = _choose_cache(question)
-    cache = choices[CACHE_OP].chosen if CACHE_OP in choices else None
-    for op in sorted(grouped.keys() - {CACHE_OP}):
-        choices[op] = _choose(question, _weigh(question, op, cache))
+    for op in sorted(grouped.keys() & CACHES.keys()):
+        choices[op] = _choose_cache(question, op)
+    for op in sorted(grouped.keys() - CACHES.keys()):
+        cache = choices.get(CACHE_OF.get(op, ""))
+        choices[op] = _choose(question, _weigh(question, op, cache.chosen if cache else None))
     for op in _covering(question, choices):
         for covered in contracts[op].covers:
             if covered in choices:
@@ -111,8 +111,9 @@ def _check_pins(question: _Question) -> list[str]:
 
 
 def _weigh(question: _Question, op: str, cache: str | None) -> _Weighed:
+    """`cache` is the id of the cache that the op reads, if it reads one."""
     needs = question.needs[op]
-    if op in CACHE_READERS and cache is not None:
+    if cache is not None:
         needs = tuple(replace(need, facts={**need.facts, "cache": cache}) for need in needs)
     weighed = _Weighed(op)
     for offer in question.catalogue.offers.get(op, ()):
@@ -136,10 +137,10 @@ def _covers_a_pin(question: _Question, op: str) -> str | None:
     return None
 
 
-def _choose_cache(question: _Question) -> Choice:
+def _choose_cache(question: _Question, op: str) -> Choice:
     """The best cache that all required readers can work with; a cache alone serves nobody."""
-    weighed = _weigh(question, CACHE_OP, None)
-    if CACHE_OP in question.pins:
+    weighed = _weigh(question, op, None)
+    if op in question.pins:
         return _choose(question, weighed)
     for offer in list(weighed.fits):
         reason = _reader_refusal(question, offer)
@@ -150,7 +151,7 @@ def _choose_cache(question: _Question) -> Choice:
 
 
 def _reader_refusal(question: _Question, cache: Offer) -> str | None:
-    for op in CACHE_READERS:
+    for op in CACHES[cache.impl.op]:
         needs = question.needs.get(op, ())
         pin = question.pins.get(op)
         if not any(need.required for need in needs) and pin in (None, NONE):
@@ -238,7 +239,7 @@ def _covering(question: _Question, choices: Mapping[str, Choice]) -> list[str]:
 
 def _require(question: _Question, choices: Mapping[str, Choice]) -> None:
     """Stop on the first required op without an offer, unless the op is covered by a chosen one."""
-    order = sorted(choices, key=lambda op: (op != CACHE_OP, op))
+    order = sorted(choices, key=lambda op: (op not in CACHES, op))
     for op in order:
         row = choices[op]
         if row.chosen or row.covered_by or not any(need.required for need in question.needs[op]):

@@ -50,7 +50,7 @@ def build_parts(planned: PlannedRun, *, resume_from: Path | None = None) -> Part
     memory = backend.memory.allocator()
     device = planned.device.open(0)
     planned.device.seed(config.run.seed)
-    chat = Chat.from_folder(planned.model_path, planned.family.stop_tokens())
+    chat = Chat.from_folder(planned.model_path, planned.family.chat(), thinking=config.data.thinking)
     questions, eval_questions = read_questions(planned, chat)
     registry = planned.catalogue.registry
     group = single_process(backend)
@@ -106,6 +106,10 @@ def build_rollout(
         max_sequences=min(config.rollout.max_sequences, config.rollout.prompts * config.algo.group_size),
         max_model_len=max_model_len,
         options=config.rollout.options,
+        # For replay, and for the metric that says whether replay is needed.
+        record_experts=True,
+        router_dtype=config.train.router_dtype,
+        consistent=planned.facts.consistent,
     )
     return backend.engine.rollout(setup)
 
@@ -125,6 +129,7 @@ def build_trainer(planned: PlannedRun, backend: Backend, device: torch.device, g
         temperature=config.rollout.temperature,
         group=group,
         total_steps=config.train.steps * config.algo.epochs * config.algo.mini_batches,
+        consistent=planned.facts.consistent,
     )
     return backend.engine.train(setup)
 

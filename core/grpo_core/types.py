@@ -54,6 +54,16 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedExperts:
+    """The experts that the rollout engine chose; M layers with experts, k experts of a token."""
+
+    prompt_PMk: Tensor
+    """int16 on the host, one row for each prompt token; the same object for all samples of a group."""
+    completion_NMk: Tensor
+    """int16 on the host, one row for each sampled token; -1 for the last, which the engine never computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One sampled completion."""
 
@@ -71,6 +81,8 @@ class Completion:
     finish_reason: str
     """"stop" or "length"."""
     weight_version: int
+    routed_experts: RoutedExperts | None = None
+    """Where the engine records them and the model has experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +99,15 @@ class Scored:
 
     def with_advantage(self, advantage: float) -> Scored:
         """The same with another advantage."""
-        return replace(self, advantage=advantage)
+        # Spelled out: `replace` reads the fields' table each time, for every completion of a step.
+        return Scored(
+            sample=self.sample,
+            prompt_token_ids=self.prompt_token_ids,
+            completion=self.completion,
+            rewards=self.rewards,
+            reward=self.reward,
+            advantage=advantage,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +144,10 @@ class Batch:
     """float32; by the trainer before the first update; None on-policy (the loss then detaches its own)."""
     ref_logprobs_L: Tensor | None = None
     """float32; by the frozen reference; None when the KL coefficient is 0."""
+    routed_experts_TMk: Tensor | None = None
+    """int16; the rollout's experts of every token, -1 where unknown; None without records."""
+    old_experts_TMk: Tensor | None = None
+    """int16; the experts of the pass that took the old log-probs; None unless that is replayed (R2)."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same with every tensor on a device."""

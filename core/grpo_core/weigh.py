@@ -49,7 +49,7 @@ def is_fallback(offer: Offer, device: DeviceInfo) -> bool:
 
 def _need_refusal(offer: Offer, need: Need, device: DeviceInfo, contract: Contract) -> str | None:
     impl = offer.impl
-    for flag in ("backward", "graph", "deterministic"):
+    for flag in ("backward", "graph", "deterministic", "batch_invariant"):
         if getattr(need, flag) and not getattr(impl, flag):
             return f"does not offer {flag}"
     for name, (version, neutral) in contract.added.items():

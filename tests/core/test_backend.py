@@ -137,10 +137,12 @@ def test_a_class_lacking_a_method_stops(acme: Path) -> None:
     assert raised.value.why == "it has no method pool"
 
 
-def test_an_op_that_the_plan_leaves_out_stops() -> None:
+def test_an_op_that_no_layer_needs_stops_only_who_calls_it() -> None:
     plan = reference_plan()
-    with pytest.raises(PluginError, match=r"the plan has no row for rope\.apply"):
-        bind(replace(plan, choices=tuple(item for item in plan.choices if item.op != "rope.apply")))
+    backend = bind(replace(plan, choices=tuple(item for item in plan.choices if item.op != "rope.apply")))
+    with pytest.raises(PluginError, match=r"rope\.apply was called, but the plan leaves it out") as raised:
+        backend.rope.apply(None, None, None, None, interleaved=False)  # type: ignore[arg-type]
+    assert raised.value.why == "this model does not need it"
 
 
 def test_a_covered_op_that_is_called_all_the_same_says_which_op_covers_it() -> None:

@@ -59,15 +59,16 @@ def test_neighbours_of_contradictions_are_fine(overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("rollout.top_p=0.9", "override  rollout.top_p filters"),
-        ("rollout.top_k=5", "override  rollout.top_k filters"),
-        ("rollout.min_p=0.1", "override  rollout.min_p filters"),
+        ("rollout.top_p=0.9", "command line  rollout.top_p filters"),
+        ("rollout.top_k=5", "command line  rollout.top_k filters"),
+        ("rollout.min_p=0.1", "command line  rollout.min_p filters"),
         ("train.warmup_steps=100", "the learning rate never reaches train.lr"),
         ("train.min_lr_ratio=0.1", "has no effect with train.schedule constant"),
         ("train.lr=0.1", "train.lr 0.1 is far above"),
         ("algo.clip_low=1", "this clips nothing"),
         ("data.eval=b.jsonl", "it is never evaluated"),
         ("algo.epochs=8", "algo.epochs 8"),
+        ("train.routing_replay=R2", "which a step of one update"),
     ],
 )
 def test_traps_are_warnings(override: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from grpo_core.config import AlgoConfig, Config, DataConfig, RewardConfig, Train
 from grpo_core.config_loader import dump_yaml, load_config, merge_recipe, parse_config
 from grpo_core.config_schema import ALIASES, leaf_keys, suggest
 from grpo_core.errors import ConfigError
+from grpo_core.model.plugin import Advice
 
 BASE = """model: some/model
 data:
@@ -46,7 +47,7 @@ def test_every_setting_has_a_source() -> None:
 
 
 def test_the_schema_stays_small() -> None:
-    assert 55 <= len(leaf_keys()) <= 75
+    assert 55 <= len(leaf_keys()) <= 80
 
 
 def test_aliases_point_at_settings_that_exist() -> None:
@@ -69,7 +70,7 @@ def test_all_errors_at_once_each_with_its_line() -> None:
         "run.yaml:13  train.lr is given twice, first in line 11",
         "run.yaml:14  num_generations is not a setting; did you mean algo.group_size?",
         "override train.betta1  train.betta1 is not a setting; did you mean train.beta1?",
-        "override  run.seed should be a valid integer, not 'x'",
+        "command line  run.seed should be a valid integer, not 'x'",
         "override 'nonsense'  is not of the form key=value",
     ):
         assert line in shown
@@ -142,7 +143,7 @@ def test_overrides(override: str, path: tuple[str, ...], value: object) -> None:
 def test_overrides_reach_into_lists() -> None:
     loaded = parse_config(BASE, "run.yaml", ["rewards.0.weight=2"])
     assert loaded.config.rewards == [RewardConfig(name="exact", weight=2)]
-    assert loaded.sources["rewards.0.weight"] == "override"
+    assert loaded.sources["rewards.0.weight"] == "command line"
     assert "the list has 1 entries" in failing(BASE, "rewards.1.weight=2")
 
 
@@ -158,30 +159,37 @@ def test_broken_override_is_an_error_with_its_key() -> None:
     assert "cannot be set" in failing(BASE, "data.options=3", "data.options.size=4")
 
 
+def advice(values: dict[str, object]) -> dict[str, Advice]:
+    return {key: Advice(value=value, why="tests") for key, value in values.items()}
+
+
 def test_recipe_lies_below_file_and_overrides() -> None:
     loaded = parse_config(BASE + "train:\n  lr: 3e-6\n", "run.yaml", ["algo.group_size=4"])
-    merged = merge_recipe(loaded, {"train.lr": 1e-5, "algo.group_size": 16, "rollout.temperature": 0.8})
+    recipe = advice({"train.lr": 1e-5, "algo.group_size": 16, "rollout.temperature": 0.8})
+    merged = merge_recipe(loaded, recipe, "family")
     assert merged.config.train.lr == 3e-6
     assert merged.config.algo.group_size == 4
     assert merged.config.rollout.temperature == 0.8
     assert merged.sources["train.lr"] == "run.yaml:7"
-    assert merged.sources["algo.group_size"] == "override"
-    assert merged.sources["rollout.temperature"] == "recipe"
+    assert merged.sources["algo.group_size"] == "command line"
+    assert merged.sources["rollout.temperature"] == "recipe of family: tests"
     assert loaded.config.rollout.temperature == 1.0, "the loaded one is not changed"
 
 
 def test_recipe_with_a_wrong_key_or_value_is_an_error() -> None:
     loaded = parse_config(BASE, "run.yaml")
-    with pytest.raises(ConfigError, match=r"recipe  train\.lrr is not a setting; did you mean train\.lr"):
-        merge_recipe(loaded, {"train.lrr": 1})
-    with pytest.raises(ConfigError, match=r"recipe  train\.lr should be"):
-        merge_recipe(loaded, {"train.lr": -1})
+    with pytest.raises(
+        ConfigError, match=r"recipe of family  train\.lrr is not a setting; did you mean train\.lr"
+    ):
+        merge_recipe(loaded, advice({"train.lrr": 1}), "family")
+    with pytest.raises(ConfigError, match=r"recipe of family: tests  train\.lr should be"):
+        merge_recipe(loaded, advice({"train.lr": -1}), "family")
 
 
 def test_recipe_is_checked_against_the_file() -> None:
     loaded = parse_config(BASE + "rollout:\n  max_tokens: 4\n", "run.yaml")
     with pytest.raises(ConfigError, match="min_tokens 8 is above"):
-        merge_recipe(loaded, {"rollout.min_tokens": 8})
+        merge_recipe(loaded, advice({"rollout.min_tokens": 8}), "family")
 
 
 def test_files(tmp_path: Path) -> None:
@@ -225,3 +233,10 @@ def test_dump_round_trips(
         }
     )
     assert parse_config(dump_yaml(config)).config == config
+
+
+def test_switches_whose_values_are_words_of_yaml() -> None:
+    text = BASE.replace("data:\n", "data:\n  thinking: off\n") + "train:\n  mtp: off\n"
+    config = parse_config(text, "run.yaml", ["data.thinking=on"]).config
+    assert (config.data.thinking, config.train.mtp) == ("on", "off")
+    assert parse_config(text).config.data.thinking == "off"

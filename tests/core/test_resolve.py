@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_helpers import ACME, CPU, VARLEN, catalogue_of, offer
 
+from grpo_core import builtin
 from grpo_core.catalogue import Failure
 from grpo_core.errors import PlanError
 from grpo_core.impl import DeviceInfo, Impl, Need
 from grpo_core.ops.contract import CONTRACTS
 from grpo_core.plan import Choice
+from grpo_core.plugin_checks import CACHES, impl_problem
 from grpo_core.resolve import resolve
 
 FLOOR = offer(name="floor", device="*", rank=1)
@@ -280,6 +282,62 @@ def test_no_cache_with_readers_is_told_by_the_cache() -> None:
     with pytest.raises(PlanError, match=r"nothing serves attention\.cache") as raised:
         resolve(CACHED, catalogue_of({"p": readers("fast", "prefill")}), CPU)
     assert "no offer of attention.decode fits with this cache" in raised.value.why
+
+
+LATENT = [Need(op=f"mla.{name}", facts=FACTS) for name in ("cache", "prefill", "decode")]
+
+
+def latent_readers(name: str, *ops: str, rank: int = 80) -> list[Impl]:
+    limits = {"cache": {f"p:{name}"}}
+    return [offer("mla.cache", name, rank=rank)] + [
+        offer(f"mla.{op}", name, rank=rank, limits=limits) for op in ops
+    ]
+
+
+def test_each_cache_has_readers_of_its_own() -> None:
+    impls = readers("keys", "prefill", "decode") + readers("other", "prefill", "decode", rank=10)
+    impls += latent_readers("latent", "prefill", "decode") + latent_readers("whole", "prefill", rank=90)
+    plan = resolve([*LATENT, *CACHED], catalogue_of({"p": impls}), CPU)
+    assert {row.op: row.chosen for row in plan.choices} == {
+        **{need.op: "p:keys" for need in CACHED},
+        **{need.op: "p:latent" for need in LATENT},
+    }
+    assert plan.choice("mla.cache").passed[0].reason == "no offer of mla.decode fits with this cache"
+    assert plan.choice("mla.prefill").passed[0].reason == "cache=p:latent not in {p:whole}"
+
+
+def test_a_pinned_latent_reader_moves_its_cache_alone() -> None:
+    impls = readers("fast", "prefill", "decode") + readers("slow", "prefill", "decode", rank=10)
+    impls += latent_readers("fast", "prefill", "decode") + latent_readers(
+        "slow", "prefill", "decode", rank=10
+    )
+    plan = resolve([*CACHED, *LATENT], catalogue_of({"p": impls}), CPU, pins={"mla.decode": "p:slow"})
+    assert {plan.choice(need.op).chosen for need in LATENT} == {"p:slow"}
+    assert {plan.choice(need.op).chosen for need in CACHED} == {"p:fast"}
+
+
+def test_a_missing_latent_reader_is_told_by_the_latent_cache() -> None:
+    impls = [*readers("keys", "prefill", "decode"), *latent_readers("latent", "prefill")]
+    with pytest.raises(PlanError, match=r"nothing serves mla\.cache") as raised:
+        resolve([*CACHED, *LATENT], catalogue_of({"p": impls}), CPU)
+    assert "no offer of mla.decode fits with this cache" in raised.value.why
+
+
+def test_every_reader_of_a_cache_must_name_the_caches_it_can_read() -> None:
+    for op in ("attention.step", "mla.prefill", "mla.decode"):
+        problem = impl_problem(offer(op, "p"), "attention", CONTRACTS)
+        assert problem is not None and "limits['cache']" in problem
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_references_read_the_reference_cache(cache: str) -> None:
+    needs = [Need(op=op, required=op != "attention.step") for op in (cache, *CACHES[cache])]
+    references = {"core": list(builtin.grpo_attention())}
+    plan = resolve(needs, catalogue_of(references), CPU, fallback="reference")
+    assert {row.chosen for row in plan.choices} <= {"core:reference", None}
+    for op in set(CACHES[cache]) - {"attention.step"}:
+        assert builtin.REFERENCE_LIMITS[op] == {"cache": {"core:reference"}}
+        assert plan.choice(op).chosen == "core:reference"
 
 
 def test_a_covering_op_covers_when_it_is_chosen() -> None:

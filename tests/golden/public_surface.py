@@ -23,6 +23,7 @@ from grpo_core.signatures import protocol_methods
 RECORDS = (Impl, Need, DeviceInfo, Probe)
 PARTS = (
     "grpo_core.ops.attention:LayerCache", "grpo_core.ops.attention:CacheSpec",
+    "grpo_core.model.plugin:ChatSpec", "grpo_core.model.plugin:Advice",
     "grpo_core.ops.collectives:Group", "grpo_core.ops.memory:MemoryStats",
     "grpo_core.rollout.base:RolloutSetup", "grpo_core.train.base:TrainSetup", "grpo_core.types:Sample",
     "grpo_core.types:Sampling", "grpo_core.types:Prompt", "grpo_core.types:Completion",

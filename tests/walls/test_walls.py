@@ -94,7 +94,7 @@ LIGHT = (
     "errors", "impl", "hookspecs", "registry", "types", "config", "catalogue", "plugins", "plan", "needs",
     "resolve", "planning", "signatures", "builtin", "ops.contract", "ops.attention", "ops.fused",
     "ops.memory", "ops.collectives", "devices.base", "devices.cpu", "devices.pick", "devices.torch_device",
-    "cli.main", "cli.train", "cli.plan", "cli.plugins", "cli.doctor", "cli.report",
+    "cli.main", "cli.train", "cli.plan", "cli.plugins", "cli.doctor", "cli.report", "cli.new_plugin",
 )  # fmt: skip
 
 

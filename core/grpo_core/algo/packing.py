@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-from ..types import Batch, Scored
+import numpy as np
+
+from ..types import Batch, RoutedExperts, Scored
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,33 +120,39 @@ def _units(scored: Sequence[Scored], micro_tokens: int, share_prompt: bool) -> l
 
 @dataclass(slots=True)
 class _Rows:
-    """The lists that become a batch's tensors."""
+    """What becomes a batch's tensors: segments, then where each completion is predicted from."""
 
-    tokens: list[int] = field(default_factory=list)
+    segments: list[Sequence[int]] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    bounds: list[int] = field(default_factory=lambda: [0])
+    """Of each segment's first token."""
     parents: list[int] = field(default_factory=list)
-    predict: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    completion: list[int] = field(default_factory=list)
-    rollout: list[float] = field(default_factory=list)
+    tokens: int = 0
+    before: list[int] = field(default_factory=list)
+    """The token that predicts each completion's first, ..."""
+    after: list[int] = field(default_factory=list)
+    """... and the one that predicts its second."""
+    experts: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Records of the rollout, each from a token of T on."""
 
     def segment(self, token_ids: Sequence[int], *, position: int, parent: int) -> int:
         """Append a segment; returns the index of its first token in T."""
-        first = len(self.tokens)
-        self.tokens.extend(token_ids)
-        self.positions.extend(range(position, position + len(token_ids)))
-        self.bounds.append(len(self.tokens))
+        first = self.tokens
+        self.segments.append(token_ids)
+        self.positions.append(position)
         self.parents.append(parent)
+        self.tokens += len(token_ids)
         return first
 
-    def loss_tokens(self, item: Scored, number: int, *, before: int, after: int) -> None:
-        """Append a completion's labels: `before` predicts the first, `after` onwards the others."""
-        ids = item.completion.token_ids
-        self.predict.extend([before, *range(after, after + len(ids) - 1)][: len(ids)])
-        self.labels.extend(ids)
-        self.completion.extend([number] * len(ids))
-        self.rollout.extend(item.completion.logprobs)
+    def routed(self, records: RoutedExperts | None, *, prompt: int, completion: int) -> None:
+        """Note what was recorded of a prompt and a completion, whose inputs start at these tokens of T; a
+        completion's last token is not an input."""
+        if records is not None:
+            self.experts += [(prompt, records.prompt_PMk), (completion, records.completion_NMk[:-1])]
+
+    def loss_tokens(self, *, before: int, after: int) -> None:
+        """The next completion's labels: `before` predicts the first, `after` onwards the others."""
+        self.before.append(before)
+        self.after.append(after)
 
 
 def _batch(items: Sequence[Scored], share_prompt: bool) -> Batch:
@@ -153,20 +163,53 @@ def _batch(items: Sequence[Scored], share_prompt: bool) -> Batch:
         _share(rows, items)
     else:
         _alone(rows, items)
-    lengths = [end - start for start, end in pairwise(rows.bounds)]
+    sizes_S = np.array([len(segment) for segment in rows.segments], dtype=np.int64)
+    bounds = np.concatenate([[0], sizes_S.cumsum()])
+    lengths_N = np.array([len(item.completion.token_ids) for item in items], dtype=np.int64)
+    # Place of each loss token in its completion: where it is 0, the prompt's last token predicts.
+    place_L = _places(lengths_N)
+    predict_L = np.repeat(np.array(rows.after) - 1, lengths_N) + place_L
+    predict_L[place_L == 0] = np.array(rows.before)[lengths_N > 0]
+    loss_tokens = int(lengths_N.sum())
     return Batch(
-        tokens_T=torch.tensor(rows.tokens, dtype=torch.int64),
-        positions_T=torch.tensor(rows.positions, dtype=torch.int64),
-        cu_seqlens=torch.tensor(rows.bounds, dtype=torch.int32),
+        tokens_T=torch.from_numpy(_flat(rows.segments, rows.tokens, np.int64)),
+        positions_T=torch.from_numpy(np.repeat(np.array(rows.positions), sizes_S) + _places(sizes_S)),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         parents_S=torch.tensor(rows.parents, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        predict_L=torch.tensor(rows.predict, dtype=torch.int64),
-        labels_L=torch.tensor(rows.labels, dtype=torch.int64),
-        completion_L=torch.tensor(rows.completion, dtype=torch.int64),
-        lengths_N=torch.tensor([len(item.completion.token_ids) for item in items], dtype=torch.int64),
+        max_seqlen=int(sizes_S.max()),
+        predict_L=torch.from_numpy(predict_L),
+        labels_L=torch.from_numpy(_flat((i.completion.token_ids for i in items), loss_tokens, np.int64)),
+        completion_L=torch.from_numpy(np.repeat(np.arange(len(items)), lengths_N)),
+        lengths_N=torch.from_numpy(lengths_N),
         advantages_N=torch.tensor([item.advantage for item in items], dtype=torch.float32),
-        rollout_logprobs_L=torch.tensor(rows.rollout, dtype=torch.float32),
+        rollout_logprobs_L=torch.from_numpy(
+            _flat((i.completion.logprobs for i in items), loss_tokens, np.float32)
+        ),
+        routed_experts_TMk=_experts(rows),
     )
+
+
+def _flat(parts: Iterable[Sequence[float]], count: int, dtype: type[Any]) -> NDArray[Any]:
+    """The `count` numbers of all parts, one after the other."""
+    return np.fromiter(chain.from_iterable(parts), dtype, count)
+
+
+def _places(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, ... within each part of these sizes."""
+    return np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+
+
+def _experts(rows: _Rows) -> Tensor | None:
+    """The records in their places, int16 [T, M, k], -1 where there is none."""
+    import torch
+
+    if not rows.experts:
+        return None
+    sizes = rows.experts[0][1].shape[1:]
+    routed_TMk = torch.full((rows.tokens, *sizes), -1, dtype=torch.int16)
+    for start, part_TMk in rows.experts:
+        routed_TMk[start : start + part_TMk.shape[0]] = part_TMk
+    return routed_TMk
 
 
 def _share(rows: _Rows, items: Sequence[Scored]) -> None:
@@ -175,22 +218,25 @@ def _share(rows: _Rows, items: Sequence[Scored]) -> None:
     for members in _groups(items).values():
         prompt = items[members[0]].prompt_token_ids
         parent = len(rows.parents)
-        before = rows.segment(prompt, position=0, parent=-1) + len(prompt) - 1
+        first = rows.segment(prompt, position=0, parent=-1)
+        before = first + len(prompt) - 1
         for member in members:
             inputs = items[member].completion.token_ids[:-1]
             after = before + 1
             if inputs:
                 after = rows.segment(inputs, position=len(prompt), parent=parent)
+            rows.routed(items[member].completion.routed_experts, prompt=first, completion=after)
             where[member] = (before, after)
-    for number, item in enumerate(items):
+    for number in range(len(items)):
         before, after = where[number]
-        rows.loss_tokens(item, number, before=before, after=after)
+        rows.loss_tokens(before=before, after=after)
 
 
 def _alone(rows: _Rows, items: Sequence[Scored]) -> None:
     """Each completion with its own prompt as one segment."""
-    for number, item in enumerate(items):
+    for item in items:
         prompt = item.prompt_token_ids
         first = rows.segment((*prompt, *item.completion.token_ids[:-1]), position=0, parent=-1)
         after = first + len(prompt)
-        rows.loss_tokens(item, number, before=after - 1, after=after)
+        rows.routed(item.completion.routed_experts, prompt=first, completion=after)
+        rows.loss_tokens(before=after - 1, after=after)

@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "plugins": ("list plugins, what they offer, and what failed", "grpo_core.cli.plugins"),
         "doctor": ("check versions, devices, plugins, compiler and memory", "grpo_core.cli.doctor"),
         "report": ("write one HTML page about one or more runs", "grpo_core.cli.report"),
+        "new-plugin": ("write a package of your own to start from", "grpo_core.cli.new_plugin"),
     }
 )
 """Commands of core: help, and the module with `configure(parser)` and `run(args) -> int`."""

@@ -1,24 +1,31 @@
-"""`grpo plan run.yaml [key=value ...]`: which offer serves each op and why, before anything is imported."""
+"""`grpo plan run.yaml [key=value ...]`: which offer serves each op and why, before anything is imported.
+
+`grpo plan MODEL_FOLDER` tells a model's size alone; a config.json in the folder is enough.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..config_loader import LoadedConfig, load_config
+from ..model.arch import Arch, MoE
+from ..model.hf_config import read_hf_config
 from ..plan import Choice, Plan, diff, load_plan
 from ..planning import PlannedRun, plan_run
+from ..plugins import load
+from . import sizes
 from .table import print_table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `grpo plan`."""
-    parser.add_argument("config", type=Path, help="YAML file")
+    parser.add_argument("config", type=Path, help="YAML file, or a model folder for its size alone")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
     )
@@ -34,22 +41,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", type=Path, metavar="PLAN.JSON", help="pin every op to another plan's choice"
     )
+    sizes.configure(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 0. A plan that cannot be made is a `GrpoError`."""
+    if args.config.is_dir():
+        return _run_folder(args)
     loaded = load_config(args.config, args.overrides)
-    planned = plan_run(loaded, earlier=load_plan(args.plan) if args.plan else None)
+    planned = plan_run(loaded, earlier=load_plan(args.plan) if args.plan else None, weights=False)
     other = load_plan(args.against) if args.against else None
+    size = sizes.size_json(planned.arch, sizes.layout_of(args), planned.facts.train_dtype)
     if args.json:
-        content = planned.plan.to_json()
+        content = {**planned.plan.to_json(), "size": size}
         if args.settings:
-            content = {"plan": content, "config": settings(planned.loaded)}
+            fixed = list(fixed_rules(planned.arch))
+            content = {"plan": content, "config": settings(planned.loaded), "fixed": fixed}
         print(json.dumps(content, indent=1))
         return 0
     _print_head(planned)
     _print_rows(planned.plan, why=args.why)
     _print_notes(planned)
+    print()
+    sizes.print_size(size)
     if other is not None:
         _print_diff(other, planned.plan)
     if args.settings:
@@ -58,6 +72,32 @@ def run(args: argparse.Namespace) -> int:
         ]
         print()
         print_table(["setting", "value", "from"], rows)
+        for rule in fixed_rules(planned.arch):
+            print(f"fixed: {rule}")
+    return 0
+
+
+def fixed_rules(arch: Arch) -> Iterator[str]:
+    """What holds in every run of such a model, without a setting."""
+    mixtures = [layer.ffn for layer in arch.layers if isinstance(layer.ffn, MoE)]
+    if mixtures:
+        yield "no balancing loss is added: in RL it moves the routing that the policy was sampled with"
+    if any(ffn.selection_bias for ffn in mixtures):
+        yield "selection biases take part in choosing experts, in float32, and are never updated"
+    if arch.hf_config.get("quantization_config"):
+        yield "float8 weights are dequantised while they are read; nothing is trained or exported quantised"
+
+
+def _run_folder(args: argparse.Namespace) -> int:
+    config = read_hf_config(args.config)
+    family = load().model_plugin_for(config.get("architectures") or ())
+    arch = family.arch(config)
+    size = sizes.size_json(arch, sizes.layout_of(args), "bfloat16")
+    if args.json:
+        print(json.dumps({"family": family.name, "size": size}, indent=1))
+        return 0
+    print(f"model   {args.config} ({family.name}, {len(arch.layers)} layers)\n")
+    sizes.print_size(size)
     return 0
 
 

@@ -121,7 +121,8 @@ def is_async(function: RewardFn) -> bool:
 
 def as_number(value: object) -> float:
     """A reward as a float. Raises `ValueError` for anything that is not a finite number."""
-    if not isinstance(value, numbers.Real):
+    # The plain case first: the abstract type is slow to ask.
+    if type(value) is not float and not isinstance(value, numbers.Real):
         raise ValueError(f"it returned {str(value)[:60]!r} ({type(value).__name__}), not a number")
     if not math.isfinite(value):
         raise ValueError(f"it returned {float(value)}, not a finite number")

@@ -5,9 +5,11 @@ Nothing here imports torch: the worker processes that score import this file.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
@@ -53,21 +55,24 @@ def number(text: str, sample: Sample) -> float:
 
 def last_number(text: str) -> Fraction | None:
     """The last number written in `text`, exactly, or None."""
-    last = None
     # \u2212 is the minus sign of typeset text.
-    for match in _NUMBER.finditer(text.replace("\u2212", "-")):
-        last = match
-    if last is None or len(last.group()) > MAX_DIGITS:
-        return None
-    sign, whole = last["sign"] or "", (last["whole"] or "0").rstrip(",")
+    found = deque(_NUMBER.finditer(text.replace("\u2212", "-")), maxlen=1)
+    return _value(*found[0].groups()) if found and len(found[0][0]) <= MAX_DIGITS else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _value(
+    sign: str | None, whole: str | None, part: str | None, only: str | None, exponent: str | None,
+    under: str | None,
+) -> Fraction | None:  # fmt: skip
+    """The groups of `_NUMBER` as a number; cached, because completions of a group repeat each other."""
+    sign, whole = sign or "", (whole or "0").rstrip(",")
     if not _THOUSANDS.fullmatch(whole) and "," in whole:
         # "1,2,3" is a list: its last entry counts, which no sign stands before.
         sign, whole = "", whole.rpartition(",")[2]
-    over = Fraction(
-        sign + whole.replace(",", "") + (last["part"] or last["only"] or "") + (last["exponent"] or "")
-    )
-    under = int(last["under"][1:]) if last["under"] else 1
-    return over / under if under else None
+    over = Fraction(sign + whole.replace(",", "") + (part or only or "") + (exponent or ""))
+    below = int(under[1:]) if under else 1
+    return over / below if below else None
 
 
 def regex(text: str, sample: Sample, *, pattern: str, full: bool = False) -> float:

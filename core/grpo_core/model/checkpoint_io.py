@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from . import fp8
 
 if TYPE_CHECKING:
     from .weights import WeightMap
@@ -26,9 +27,11 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
 )  # fmt: skip
 """What a model folder holds besides weights and config.json."""
+NOT_WRITTEN = ("dtype", "_name_or_path", "quantization_config")
 AGAIN = "download or save the model again"
 
 
@@ -86,32 +89,47 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor, from the headers alone. Raises as `read_tensors`."""
-    for path in _checked_shards(folder):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a mapping)
-                yield name, tuple(file.get_slice(name).get_shape())
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on the CPU) of every tensor, one in memory at a time.
-
-    Raises `CheckpointError` for a folder without safetensors, a missing, truncated or otherwise damaged
-    shard, and an index that promises a tensor which its shard does not hold; all before the first tensor.
+    """(name, shape) of every tensor, from the headers alone; scales of float8 weights are no tensors of
+    their own. Raises as `read_tensors`.
     """
-    for path in _checked_shards(folder):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+    for header in _headers(folder)[0].values():
+        for name, entry in header.items():
+            yield name, entry.shape
 
 
-def _checked_shards(folder: Path) -> list[Path]:
-    paths = shard_files(folder)
-    held: dict[str, set[str]] = {}
-    for path in paths:
+def read_tensors(
+    folder: Path, *, wanted: Callable[[str], bool] | None = None, fp8_to: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the CPU) of every tensor, or of those whose name is `wanted`; one in memory at a time.
+
+    float8 weights with their 128 x 128 block scales come dequantised in `fp8_to`, without another copy of
+    more than 128 rows. Raises `CheckpointError` for a folder without safetensors, a missing, truncated or
+    otherwise damaged shard, an index that promises a tensor which its shard does not hold, and float8
+    weights without fitting scales; all before the first tensor.
+    """
+    headers, scales = _headers(folder)
+    for path, header in headers.items():
         with _opened(path) as file:
-            held[path.name] = set(file.keys())
-    if paths and paths[0].name != SINGLE:
+            for name, entry in header.items():
+                if wanted is not None and not wanted(name):
+                    continue
+                tensor = file.get_tensor(name)
+                if entry.dtype in fp8.DTYPES:
+                    scale = name + fp8.SCALE
+                    # The scales of a weight at the end of a shard may begin the next one.
+                    with nullcontext(file) if scales[scale] == path else _opened(scales[scale]) as other:
+                        tensor = fp8.dequantise(tensor, other.get_tensor(scale), fp8_to)
+                yield name, tensor
+
+
+def _headers(folder: Path) -> tuple[dict[Path, dict[str, fp8.Entry]], dict[str, Path]]:
+    """What each shard says of its tensors, scales of float8 weights left out, and the shard of each scale."""
+    headers: dict[Path, dict[str, fp8.Entry]] = {}
+    for path in shard_files(folder):
+        with _opened(path) as file:
+            headers[path] = {name: _entry(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+    if all(path.name != SINGLE for path in headers):
+        held = {path.name: header.keys() for path, header in headers.items()}
         broken = [n for n, shard in _weight_map(folder / INDEX).items() if n not in held[shard]]
         if broken:
             raise CheckpointError(
@@ -119,7 +137,16 @@ def _checked_shards(folder: Path) -> list[Path]:
                 why=f"{INDEX} promises {len(broken)} tensors that are not in their shards, {broken[0]} first",
                 fix=AGAIN,
             )
-    return paths
+    names = fp8.check_scales(folder, {name: e for header in headers.values() for name, e in header.items()})
+    scales = {name: path for path, header in headers.items() for name in header if name in names}
+    for header in headers.values():
+        for name in names & header.keys():
+            del header[name]
+    return headers, scales
+
+
+def _entry(header: Any) -> fp8.Entry:
+    return fp8.Entry(shape=tuple(header.get_shape()), dtype=str(header.get_dtype()))
 
 
 def load_checkpoint(folder: Path, weight_map: WeightMap, into: Mapping[str, Tensor]) -> None:
@@ -128,7 +155,7 @@ def load_checkpoint(folder: Path, weight_map: WeightMap, into: Mapping[str, Tens
     Raises `CheckpointError` as `read_tensors` and `WeightMap.load` do.
     """
     weight_map.check(read_shapes(folder))
-    weight_map.load(read_tensors(folder), into)
+    weight_map.load(read_tensors(folder, wanted=lambda name: name not in weight_map.kept), into)
 
 
 def write_checkpoint(
@@ -138,7 +165,8 @@ def write_checkpoint(
     """Write weights and config.json so that transformers loads them; weights of an earlier write go.
 
     At most one shard is copied to host memory at a time. The config's dtype becomes that of the weights,
-    under the name that transformers 4 and 5 both read. Files appear under their names only when complete.
+    under the name that transformers 4 and 5 both read, and a `quantization_config` goes, since what is
+    written is not quantised. Files appear under their names only when complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -149,7 +177,7 @@ def write_checkpoint(
     finally:
         for part in folder.glob(".part-*.safetensors"):
             part.unlink()
-    config = {key: value for key, value in hf_config.items() if key not in ("dtype", "_name_or_path")}
+    config = {key: value for key, value in hf_config.items() if key not in NOT_WRITTEN}
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
 

@@ -16,7 +16,8 @@ from ..errors import CheckpointError
 from .hf_config import read_hf_config
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "tiktoken.model"]
+HUB_WEIGHTS = ["*.safetensors"]
 CONVERSION = "1"
 """Changes when converted folders of an earlier version must not be used any more."""
 
@@ -26,8 +27,8 @@ def cache_root() -> Path:
     return Path.home() / ".cache" / "grpo-core" / "models"
 
 
-def resolve_model(spec: str, *, cache: Path | None = None) -> Path:
-    """The folder in Hugging Face layout that `spec` means.
+def resolve_model(spec: str, *, cache: Path | None = None, weights: bool = True) -> Path:
+    """The folder in Hugging Face layout that `spec` means; without `weights` the hub need not give them.
 
     `spec` is a folder, a .gguf file, `package:<python package>` (or `package:<python package>/<file>.gguf`)
     for a GGUF file that a package ships, or a hub id with an optional `@revision`. A GGUF file is converted
@@ -52,7 +53,7 @@ def resolve_model(spec: str, *, cache: Path | None = None) -> Path:
             why="it is neither a folder, a .gguf file, `package:<name>` nor a hub id",
             fix="check the path in `model`",
         )
-    return _downloaded(spec)
+    return _downloaded(spec, HUB_FILES + HUB_WEIGHTS if weights else HUB_FILES)
 
 
 def _packaged(name: str) -> Path:
@@ -76,12 +77,12 @@ def _packaged(name: str) -> Path:
     return chosen[0]
 
 
-def _downloaded(spec: str) -> Path:
+def _downloaded(spec: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = spec.partition("@")
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES)
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=files)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"model {spec} is not a local folder and cannot be downloaded",

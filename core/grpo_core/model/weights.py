@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -9,27 +10,96 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .arch import Arch
+from .weight_report import WeightReport, is_finite
 
-SHOWN = 6
-"""Names listed for one kind of trouble before the rest is only counted."""
+__all__ = ["Part", "Rule", "WeightMap", "is_finite"]
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
+NO_SHAPES: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One checkpoint tensor, and where its rows lie in the neutral parameter.
+
+    The tensor's rows are `groups` equal runs (one for each head, say), and each run holds its share of every
+    piece in turn. In the neutral parameter a piece lies together, group after group.
+    """
+
+    name: str
+    pieces: tuple[tuple[int, int], ...]
+    """(first row in the neutral parameter, rows of all groups together)."""
+    groups: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of the checkpoint tensor."""
+        return sum(rows for _, rows in self.pieces)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor is one unbroken range of the neutral parameter."""
+        return self.groups == 1 and len(self.pieces) == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One neutral parameter as the rows of one or more checkpoint tensors, stacked in order."""
+    """One neutral parameter as rows of one or more checkpoint tensors."""
 
     neutral: str
-    parts: tuple[tuple[str, int], ...]
-    """(checkpoint name, rows) from the first row on."""
+    shape: tuple[int, ...]
+    """Of the neutral parameter: its rows may be folded, [X * 2F, C] as [X, 2F, C]."""
+    parts: tuple[Part, ...]
+    """Together they hold every row once."""
     tail: tuple[int, ...]
-    """Sizes after the first dimension."""
+    """Sizes of the checkpoint tensors after the first dimension."""
+    whole: str | None = None
+    """A checkpoint name under which all parts may come as one tensor of `shape` (transformers 5 keeps the
+    experts of a layer so in memory); never exported."""
+    float32: bool = False
+    """Kept in float32 whatever the compute dtype is."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the neutral parameter."""
-        return (sum(rows for _, rows in self.parts), *self.tail)
+    def hf_shape(self, part: Part) -> tuple[int, ...]:
+        """Of one checkpoint tensor."""
+        return (part.rows, *self.tail)
+
+    def put(self, part: Part, tensor: Tensor, into: Tensor) -> None:
+        """Copy one checkpoint tensor into its rows of the contiguous neutral tensor, cast to its dtype."""
+        for mine, theirs in self._ranges(part, tensor, into):
+            theirs.copy_(mine)
+
+    def take(self, part: Part, neutral: Tensor) -> Tensor:
+        """One checkpoint tensor out of the contiguous neutral one: a view, or a copy where rows move."""
+        rows = neutral.view(-1, *self.tail)
+        if part.plain:
+            start, count = part.pieces[0]
+            return rows[start : start + count]
+        runs = [
+            rows[start : start + count].view(part.groups, count // part.groups, *self.tail)
+            for start, count in part.pieces
+        ]
+        return torch.cat(runs, dim=1).flatten(0, 1)
+
+    def fill(self, given: Mapping[str, Tensor], into: Tensor) -> None:
+        """Copy all parts, found by name in `given`, into the contiguous neutral tensor."""
+        if self.whole is not None and self.whole in given:
+            into.copy_(given[self.whole])
+            return
+        for part in self.parts:
+            self.put(part, given[part.name], into)
+
+    def _ranges(self, part: Part, tensor: Tensor, neutral: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = neutral.view(-1, *self.tail)
+        if part.plain:
+            start, count = part.pieces[0]
+            yield tensor, rows[start : start + count]
+            return
+        runs, offset = tensor.view(part.groups, part.rows // part.groups, *self.tail), 0
+        for start, count in part.pieces:
+            share = count // part.groups
+            theirs = rows[start : start + count].view(part.groups, share, *self.tail)
+            yield runs[:, offset : offset + share], theirs
+            offset += share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,188 +107,105 @@ class WeightMap:
     """Rules of one model; built afresh for every instance.
 
     Loading copies into given parameters one tensor at a time, so that it needs no second copy of the model;
-    exporting yields views.
+    exporting yields views, or copies of one tensor where rows change places.
     """
 
     rules: tuple[Rule, ...]
-    tied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    tied: Mapping[str, str] = field(default_factory=lambda: NO_NAMES)
     """Checkpoint name that may be stored a second time -> the name whose equal it must be."""
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: NO_SHAPES)
+    """Shapes of tensors that a checkpoint may hold and the decoder does not compute with (multi-token
+    prediction); not loaded, and copied from the source checkpoint when the model is written."""
+    kept_copies: Mapping[str, str] = field(default_factory=lambda: NO_NAMES)
+    """Kept name -> the name whose current value is written in its place: a second copy of the embedding."""
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of names that hold no weights: old Llama checkpoints keep their rotary frequencies."""
 
     def hf_names(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that a checkpoint must hold, tied ones once."""
-        return {name: (rows, *rule.tail) for rule in self.rules for name, rows in rule.parts}
+        return {part.name: rule.hf_shape(part) for rule in self.rules for part in rule.parts}
 
     def neutral_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter of the decoder."""
+        """Shape of every parameter of the decoder, frozen ones among them."""
         return {rule.neutral: rule.shape for rule in self.rules}
+
+    def places(self) -> dict[str, tuple[Rule, Part | None]]:
+        """Checkpoint name -> its rule and part; no part where the name stands for the whole rule."""
+        found: dict[str, tuple[Rule, Part | None]] = {}
+        for rule in self.rules:
+            found.update({part.name: (rule, part) for part in rule.parts})
+            if rule.whole is not None:
+                found[rule.whole] = (rule, None)
+        return found
+
+    def report(self) -> WeightReport:
+        """An empty report to hold a stream of tensors against this table."""
+        return WeightReport(
+            shapes=self.hf_names(),
+            wholes={
+                rule.whole: (rule.shape, tuple(part.name for part in rule.parts))
+                for rule in self.rules
+                if rule.whole is not None
+            },
+            tied=self.tied, kept=self.kept, ignored=self.ignored,
+        )  # fmt: skip
 
     def check(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Hold (name, shape) pairs against the table without any data.
 
         Raises `CheckpointError` that lists all missing, unknown, repeated and misshaped names.
         """
-        report = _Report(self)
+        report = self.report()
         for name, shape in shapes:
             report.place(name, shape)
         report.close()
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], into: Mapping[str, Tensor]) -> None:
-        """Copy checkpoint tensors into `into` (neutral name -> parameter), cast to its dtype.
+        """Copy checkpoint tensors into `into` (neutral name -> contiguous tensor), cast to its dtype.
 
-        Streams: each tensor is dropped before the next is asked for, in whatever order they come. Raises
-        `CheckpointError` after the last one, listing all that is missing, unknown, repeated, misshaped, not
-        of a floating dtype, not finite, or unequal to the weight it is tied to; call `check` first where
-        nothing may be changed for names and shapes.
+        Streams: each tensor is dropped before the next is asked for, in whatever order they come. Kept
+        tensors are passed over. Raises `CheckpointError` after the last one, listing all that is missing,
+        unknown, repeated, misshaped, not of a floating dtype, not finite, or unequal to the weight it is
+        tied to; call `check` first where nothing may be changed for names and shapes.
         """
-        report = _Report(self)
-        places = {
-            part: (rule.neutral, start, rows)
-            for rule in self.rules
-            for part, start, rows in _with_starts(rule.parts)
-        }
+        report, places = self.report(), self.places()
         waiting: dict[str, Tensor] = {}
         for name, tensor in tensors:
-            if not report.place(name, tuple(tensor.shape)) or not report.sound(name, tensor):
-                continue
-            if name in self.tied:
-                waiting[name] = tensor
-                continue
-            neutral, start, rows = places[name]
-            _copy(tensor, into[neutral], start, rows)
+            if report.place(name, tuple(tensor.shape)) and report.sound(name, tensor):
+                if name in self.tied:
+                    waiting[name] = tensor
+                else:
+                    _put(places[name], tensor, into)
+            # The loop would hold it while the next one is read.
+            del tensor
         for name, tensor in waiting.items():
-            neutral, start, rows = places[self.tied[name]]
-            held = into[neutral].detach()[start : start + rows]
-            if self.tied[name] in report.seen and not torch.equal(held, tensor.to(held.device, held.dtype)):
+            rule, part = places[self.tied[name]]
+            if self.tied[name] not in report.seen or part is None:
+                continue
+            held = rule.take(part, into[rule.neutral].detach())
+            if not torch.equal(held, tensor.to(held.device, held.dtype)):
                 report.add(f"unequal to {self.tied[name]}, to which config.json ties it", name)
         report.close()
 
     def export(self, neutral: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, tensor) of every weight, tied ones once: detached views of the parameters."""
+        """(checkpoint name, tensor) of every weight, tied ones once: detached views of the parameters.
+
+        Only where the rows of a parameter change places is the tensor a copy.
+        """
         for rule in self.rules:
             parameter = neutral[rule.neutral].detach()
-            for name, start, rows in _with_starts(rule.parts):
-                yield name, parameter[start : start + rows]
+            for part in rule.parts:
+                yield part.name, rule.take(part, parameter)
+
+    def numel(self) -> int:
+        """Numbers in all tensors of the decoder, frozen ones among them, kept ones not."""
+        return sum(math.prod(rule.shape) for rule in self.rules)
 
 
-def _with_starts(parts: tuple[tuple[str, int], ...]) -> Iterator[tuple[str, int, int]]:
-    start = 0
-    for name, rows in parts:
-        yield name, start, rows
-        start += rows
-
-
-def _copy(tensor: Tensor, parameter: Tensor, start: int, rows: int) -> None:
-    with torch.no_grad():
-        parameter[start : start + rows].copy_(tensor)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; reads the tensor once and allocates nothing of its size."""
-    # A sum is finite only if every element is; one that overflows is looked at element by element.
-    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
-
-
-class _Report:
-    """Collects what is wrong with a stream of named tensors, to tell it all at once."""
-
-    def __init__(self, table: WeightMap) -> None:
-        self.shapes = table.hf_names()
-        self.tied, self.ignored = table.tied, table.ignored
-        self.seen: set[str] = set()
-        self.troubles: dict[str, list[str]] = {}
-
-    def add(self, trouble: str, name: str) -> None:
-        self.troubles.setdefault(trouble, []).append(name)
-
-    def place(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the tensor belongs somewhere and fits there."""
-        if name.endswith(self.ignored):
-            return False
-        wanted = self.shapes.get(self.tied.get(name, name))
-        if wanted is None:
-            self.add("unknown to the model", name)
-            return False
-        if name in self.seen:
-            self.add("given twice", name)
-            return False
-        self.seen.add(name)
-        if tuple(shape) != wanted:
-            self.add("of another shape", f"{name} {list(shape)} instead of {list(wanted)}")
-            return False
-        return True
-
-    def sound(self, name: str, tensor: Tensor) -> bool:
-        """Whether the values can be weights."""
-        if not tensor.is_floating_point():
-            self.add("not of a floating dtype (a quantised checkpoint?)", f"{name} {tensor.dtype}")
-            return False
-        if not is_finite(tensor):
-            self.add("holding NaN or infinity", name)
-            return False
-        return True
-
-    def close(self) -> None:
-        missing = [name for name in self.shapes if name not in self.seen]
-        if missing:
-            self.troubles = {"missing": missing, **self.troubles}
-        if not self.troubles:
-            return
-        counted = sum(len(names) for names in self.troubles.values())
-        raise CheckpointError(
-            f"the weights do not fit the model: {counted} {'name' if counted == 1 else 'names'}",
-            why="; ".join(f"{trouble}: {_listed(names)}" for trouble, names in self.troubles.items()),
-            fix="check that config.json and the weights belong together and that the download is complete",
-        )
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def dense_weight_map(arch: Arch) -> WeightMap:
-    """The table of a dense decoder that stores its weights as Llama does (Qwen2 and Qwen3 among others)."""
-    hidden, vocab = arch.hidden_size, arch.vocab_size
-    rules = [_one("embed.weight", "model.embed_tokens.weight", vocab, hidden)]
-    for index in range(len(arch.layers)):
-        rules += _layer_rules(arch, index)
-    rules.append(_one("norm.weight", "model.norm.weight", hidden))
-    if arch.tie_word_embeddings:
-        return WeightMap(
-            rules=tuple(rules), tied=MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"})
-        )
-    return WeightMap(rules=(*rules, _one("lm_head.weight", "lm_head.weight", vocab, hidden)))
-
-
-def _one(neutral: str, hf: str, rows: int, *tail: int) -> Rule:
-    return Rule(neutral=neutral, parts=((hf, rows),), tail=tail)
-
-
-def _layer_rules(arch: Arch, index: int) -> Iterator[Rule]:
-    mixer, ffn, hidden = arch.layers[index].mixer, arch.layers[index].ffn, arch.hidden_size
-    own, hf = f"layers.{index}.", f"model.layers.{index}."
-    q_rows, kv_rows = (n * mixer.head_dim for n in (mixer.num_attention_heads, mixer.num_key_value_heads))
-    qkv = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-    gate_up = (("gate_proj", ffn.intermediate_size), ("up_proj", ffn.intermediate_size))
-    yield _one(own + "attn_norm.weight", hf + "input_layernorm.weight", hidden)
-    yield from _linear(own + "attn.qkv", hf + "self_attn.", qkv, hidden, mixer.qkv_bias)
-    if mixer.qk_norm:
-        yield _one(own + "attn.q_norm.weight", hf + "self_attn.q_norm.weight", mixer.head_dim)
-        yield _one(own + "attn.k_norm.weight", hf + "self_attn.k_norm.weight", mixer.head_dim)
-    yield from _linear(own + "attn.out", hf + "self_attn.", (("o_proj", hidden),), q_rows, mixer.out_bias)
-    yield _one(own + "mlp_norm.weight", hf + "post_attention_layernorm.weight", hidden)
-    yield from _linear(own + "mlp.gate_up", hf + "mlp.", gate_up, hidden, ffn.bias)
-    yield from _linear(
-        own + "mlp.down", hf + "mlp.", (("down_proj", hidden),), ffn.intermediate_size, ffn.bias
-    )
-
-
-def _linear(
-    neutral: str, prefix: str, parts: tuple[tuple[str, int], ...], columns: int, bias: bool
-) -> Iterator[Rule]:
-    for kind, tail in (("weight", (columns,)), ("bias", ())) if bias else (("weight", (columns,)),):
-        named = tuple((f"{prefix}{part}.{kind}", rows) for part, rows in parts)
-        yield Rule(neutral=f"{neutral}.{kind}", parts=named, tail=tail)
+def _put(place: tuple[Rule, Part | None], tensor: Tensor, into: Mapping[str, Tensor]) -> None:
+    rule, part = place
+    target = into[rule.neutral].detach()
+    if part is None:
+        target.copy_(tensor)
+    else:
+        rule.put(part, tensor, target)

@@ -96,7 +96,8 @@ class KVCache(Protocol):
     def __init__(self, spec: CacheSpec) -> None: ...
 
     def allocate(self, length: int) -> int | None:
-        """A slot with room for `length` tokens, or None when the cache is full (nothing changed)."""
+        """A slot (a number below max_slots) with room for `length` tokens, or None when the cache is full
+        (nothing changed)."""
         ...
 
     def fork(self, slot: int, *, prefix: int, length: int) -> int | None:

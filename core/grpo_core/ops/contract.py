@@ -33,6 +33,9 @@ class Contract:
 
 _ATTENTION, _FUSED = "grpo_core.ops.attention", "grpo_core.ops.fused"
 _REF_A, _REF_F = "grpo_core.ops.reference.attention", "grpo_core.ops.reference.fused"
+_MLA, _REF_MLA = "grpo_core.ops.mla", "grpo_core.ops.reference.mla"
+_LINEAR, _REF_LINEAR = "grpo_core.ops.linear_attention", "grpo_core.ops.reference.linear_attention"
+_MOE, _REF_MOE = "grpo_core.ops.moe", "grpo_core.ops.reference.moe"
 _ROWS = (
     Contract(
         op="attention.varlen",
@@ -75,6 +78,93 @@ _ROWS = (
         covers=("attention.decode",),
     ),
     Contract(
+        op="mla.varlen",
+        hook="attention",
+        protocol=f"{_MLA}:MlaVarlen",
+        reference=f"{_REF_MLA}:varlen",
+        backward=True,
+    ),
+    Contract(
+        op="mla.cache",
+        hook="attention",
+        protocol=f"{_MLA}:LatentCache",
+        reference=f"{_REF_MLA}:DenseLatentCache",
+        kind="class",
+    ),
+    Contract(
+        op="mla.prefill",
+        hook="attention",
+        protocol=f"{_MLA}:MlaPrefill",
+        reference=f"{_REF_MLA}:prefill",
+    ),
+    Contract(
+        op="mla.decode",
+        hook="attention",
+        protocol=f"{_MLA}:MlaDecode",
+        reference=f"{_REF_MLA}:decode",
+    ),
+    Contract(
+        op="gated_delta.chunk",
+        hook="linear_attention",
+        protocol=f"{_LINEAR}:DeltaChunk",
+        reference=f"{_REF_LINEAR}:delta_chunk",
+        backward=True,
+    ),
+    Contract(
+        op="gated_delta.step",
+        hook="linear_attention",
+        protocol=f"{_LINEAR}:DeltaStep",
+        reference=f"{_REF_LINEAR}:delta_step",
+    ),
+    Contract(
+        op="short_conv.varlen",
+        hook="linear_attention",
+        protocol=f"{_LINEAR}:ConvVarlen",
+        reference=f"{_REF_LINEAR}:conv_varlen",
+        backward=True,
+    ),
+    Contract(
+        op="short_conv.step",
+        hook="linear_attention",
+        protocol=f"{_LINEAR}:ConvStep",
+        reference=f"{_REF_LINEAR}:conv_step",
+    ),
+    Contract(
+        op="moe.route",
+        hook="fused_moe",
+        protocol=f"{_MOE}:MoeRoute",
+        reference=f"{_REF_MOE}:route",
+        backward=True,
+    ),
+    Contract(
+        op="moe.dispatch",
+        hook="fused_moe",
+        protocol=f"{_MOE}:MoeDispatch",
+        reference=f"{_REF_MOE}:dispatch",
+        backward=True,
+    ),
+    Contract(
+        op="moe.experts",
+        hook="fused_moe",
+        protocol=f"{_MOE}:MoeExperts",
+        reference=f"{_REF_MOE}:experts",
+        backward=True,
+    ),
+    Contract(
+        op="moe.combine",
+        hook="fused_moe",
+        protocol=f"{_MOE}:MoeCombine",
+        reference=f"{_REF_MOE}:combine",
+        backward=True,
+    ),
+    Contract(
+        op="moe.layer",
+        hook="fused_moe",
+        protocol=f"{_MOE}:MoeLayer",
+        reference=None,
+        covers=("moe.route", "moe.dispatch", "moe.experts", "moe.combine"),
+    ),
+    Contract(
         op="norm.rms",
         hook="fused_ops",
         protocol=f"{_FUSED}:RmsNorm",
@@ -93,6 +183,13 @@ _ROWS = (
         hook="fused_ops",
         protocol=f"{_FUSED}:SwiGLU",
         reference=f"{_REF_F}:swiglu",
+        backward=True,
+    ),
+    Contract(
+        op="linear.dense",
+        hook="fused_ops",
+        protocol=f"{_FUSED}:DenseLinear",
+        reference=f"{_REF_F}:linear_dense",
         backward=True,
     ),
     Contract(

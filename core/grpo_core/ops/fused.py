@@ -59,6 +59,26 @@ class SwiGLU(Protocol):
         ...
 
 
+class DenseLinear(Protocol):
+    """A linear layer for training. Differentiable in x, weight and bias."""
+
+    def __call__(
+        self,
+        x_TK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        *,
+        main_grad_NK: Tensor | None,
+    ) -> Tensor:
+        """Returns x W^T + b, [T, N], in x's dtype.
+
+        Where `main_grad_NK` (float32) is given, backward adds the gradient of the weight to it and gives
+        autograd none for the weight (Megatron-core's gradient_accumulation_fusion), so that it is never
+        rounded to the compute dtype.
+        """
+        ...
+
+
 class PackedLinear(Protocol):
     """A linear layer for inference whose weight may be kept in the device's own layout."""
 
@@ -112,11 +132,13 @@ class LogProb(Protocol):
         *,
         temperature: float,
         group: Any,
+        main_grad_VC: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns (logprob_T, entropy_T) in float32, of softmax(hidden lm_head^T / temperature).
 
         Differentiable in hidden and lm_head through both results. `group` is a tensor-parallel group
-        over the vocabulary, or None.
+        over the vocabulary, or None. `main_grad_VC` (float32) takes the head's gradient, as
+        `DenseLinear` says.
         """
         ...
 

@@ -35,6 +35,13 @@ class RolloutSetup:
     max_model_len: int
     """Prompt and completion tokens of one sequence."""
     options: Mapping[str, Any]
+    record_experts: bool = False
+    """Completions carry the experts of every token, where the model has any."""
+    router_dtype: str = "float32"
+    """Of the routers' logits: "float32" or "float64", as in training."""
+    consistent: bool = False
+    """A completion's tokens and log-probs depend on its prompt, seed and the weights alone, and the log-probs
+    are those of the trainer, bit for bit. The bound ops are batch-invariant then."""
 
 
 class Rollout(Protocol):

@@ -6,49 +6,33 @@ calls is looked up once and kept in one tuple per layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import embedding
 
+from ..model.arch import Attention, DenseMLP, GatedDelta, MoE
 from ..model.rope import rope_table
-from .weights import HEAD
+from .attend import Attend
+from .batch import PrefillAt, StepAt
+from .mixed import mixed_layers
+from .states import StatefulCache
+from .weights import HEAD, following_norm
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ..backend import Backend
-    from ..model.arch import Arch, Attention, Rope
-    from ..ops.attention import KVCache, LayerCache
+    from ..model.arch import Arch, Rope
+    from .batch import Pass, Turn
     from .weights import DecoderWeights
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
-    """One packed prefill pass: chunks of prompts, one after the other without padding."""
-
-    tokens_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
-    """int64, like the two above: where each token is written."""
-    cu_seqlens: Tensor
-    """int32 [chunks + 1]"""
-    max_seqlen: int
-    slots: Tensor
-    """int64 [chunks]"""
-    seqlens_k: Tensor
-    """int64 [chunks]; tokens of the sequence once this chunk is written."""
-    fresh: bool
-    """Every chunk starts its sequence: nothing is read from the cache."""
-    last: Tensor
-    """int64; the rows of T that end a prompt, whose logits are wanted."""
-
-
 class BoundLayer(NamedTuple):
-    """What one layer calls, in the order of use."""
+    """What one dense layer calls, in the order of use."""
 
     qkv: Callable[[Tensor], Tensor]
     step: Callable[..., Tensor]
@@ -62,32 +46,40 @@ class BoundLayer(NamedTuple):
     rope: int
 
 
-class InferenceDecoder:
-    """A model's forward pass over a cache, for fixed weights objects (their values may change in place)."""
+class _Decoder:
+    """What both decoders hold."""
 
     def __init__(
-        self, arch: Arch, backend: Backend, weights: DecoderWeights, cache: KVCache, *, max_model_len: int,
+        self, arch: Arch, backend: Backend, weights: DecoderWeights, *, max_model_len: int,
         device: torch.device,
     ) -> None:  # fmt: skip
+        self._ropes = rope_settings(arch)
+        self._tables = [angles(rope, max_model_len, device) for rope in self._ropes]
+        self._embed = weights.plain["embed.weight"]
+        self._head = weights.linears[HEAD].__call__
+        self._norm = partial(backend.norm.rms, eps=arch.rms_norm_eps, zero_centered=arch.zero_centered_norm)
+        self._first_norm = weights.plain["layers.0.attn_norm.weight"]
+
+    def _turns(self, positions: Tensor) -> list[Turn]:
+        return [(c.index_select(0, positions), s.index_select(0, positions)) for c, s in self._tables]
+
+
+class DenseDecoder(_Decoder):
+    """A model of plain attention and dense feed-forwards, for fixed weights objects (their values may
+    change in place)."""
+
+    def __init__(
+        self, arch: Arch, backend: Backend, weights: DecoderWeights, cache: Any, *, max_model_len: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__(arch, backend, weights, max_model_len=max_model_len, device=device)
         plain, linears = weights.plain, weights.linears
-        ropes: list[Rope] = []
-        for layer in arch.layers:
-            if layer.mixer.rope not in ropes:
-                ropes.append(layer.mixer.rope)
-        self._tables = [angles(rope, max_model_len, device) for rope in ropes]
-        self._embed = plain["embed.weight"]
-        self._head = linears[HEAD].__call__
-        self._norm = partial(backend.norm.rms, eps=arch.rms_norm_eps, zero_centered=False)
         self._swiglu = backend.mlp.swiglu
-        self._first_norm = plain["layers.0.attn_norm.weight"]
         self._layers = []
         for index, layer in enumerate(arch.layers):
             own = f"layers.{index}"
-            following = f"layers.{index + 1}.attn_norm" if index + 1 < len(arch.layers) else "norm"
-            attend = Attend(
-                layer.mixer, backend, cache.layers[index], arch.rms_norm_eps,
-                plain.get(f"{own}.attn.q_norm.weight"), plain.get(f"{own}.attn.k_norm.weight"),
-            )  # fmt: skip
+            assert isinstance(layer.mixer, Attention)
+            attend = Attend(layer.mixer, arch, backend, weights, cache.layers[index], f"{own}.attn")
             self._layers.append(
                 BoundLayer(
                     qkv=linears[f"{own}.attn.qkv"].__call__,
@@ -97,15 +89,17 @@ class InferenceDecoder:
                     mlp_norm=plain[f"{own}.mlp_norm.weight"],
                     gate_up=linears[f"{own}.mlp.gate_up"].__call__,
                     down=linears[f"{own}.mlp.down"].__call__,
-                    next_norm=plain[f"{following}.weight"],
-                    rope=ropes.index(layer.mixer.rope),
+                    next_norm=plain[following_norm(arch, index)],
+                    rope=self._ropes.index(layer.mixer.rope),
                 )
             )
 
-    def step(self, tokens_B: Tensor, positions_B: Tensor, slots_B: Tensor) -> Tensor:
+    def step(
+        self, tokens_B: Tensor, positions_B: Tensor, slots_B: Tensor, record_BMk: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, V] of the token after `tokens_B`, which is written at `positions_B` of `slots_B`."""
         norm, swiglu = self._norm, self._swiglu
-        turns = [(c.index_select(0, positions_B), s.index_select(0, positions_B)) for c, s in self._tables]
+        turns = self._turns(positions_B)
         residual = embedding(tokens_B, self._embed)
         x = norm(residual, self._first_norm, residual=None)
         for qkv, attend, _, out, mlp_norm, gate_up, down, next_norm, rope in self._layers:
@@ -115,11 +109,10 @@ class InferenceDecoder:
             x, residual = norm(down(swiglu(gate_up(x))), next_norm, residual=residual)
         return self._head(x)
 
-    def prefill(self, batch: Pass) -> Tensor:
+    def prefill(self, batch: Pass, record_TMk: Tensor | None = None) -> Tensor:
         """Write a pass into the cache; logits [len(last), V] of the token after each `batch.last` row."""
         norm, swiglu = self._norm, self._swiglu
-        at = batch.positions_T
-        turns = [(c.index_select(0, at), s.index_select(0, at)) for c, s in self._tables]
+        turns = self._turns(batch.positions_T)
         residual = embedding(batch.tokens_T, self._embed)
         x = norm(residual, self._first_norm, residual=None)
         final = len(self._layers) - 1
@@ -133,67 +126,84 @@ class InferenceDecoder:
         return self._head(x)
 
 
-class Attend:
-    """One layer's attention for inference: fused qkv in, heads side by side out."""
+class MixedDecoder(_Decoder):
+    """A model of any mixers and feed-forwards; the same two calls, which also note the experts used.
+
+    record_TMk is int16 [T, M, k], M layers with experts in order; rows of a prefill that nobody needs are
+    not computed to the end without it.
+    """
 
     def __init__(
-        self, spec: Attention, backend: Backend, cache: LayerCache, eps: float, q_norm: Tensor | None,
-        k_norm: Tensor | None,
+        self, arch: Arch, backend: Backend, weights: DecoderWeights, cache: Any, *, max_model_len: int,
+        device: torch.device, router_dtype: torch.dtype, consistent: bool,
     ) -> None:  # fmt: skip
-        self.spec = spec
-        self.cache = cache
-        self.eps = eps
-        self.q_norm = q_norm
-        self.k_norm = k_norm
-        self.ops = backend.attention
-        self.rope = backend.rope.apply
-        self.norm = partial(backend.norm.rms, eps=eps, residual=None, zero_centered=False)
-        self.scale = spec.head_dim**-0.5
-
-    def fused_step(self, op: Any) -> Callable[..., Tensor]:
-        """The step as one bound op where the backend has it, else as its three parts."""
-        if op is None:
-            return self.step
-        spec = self.spec
-        return partial(
-            op, cache=self.cache, num_heads=spec.num_attention_heads, scale=self.scale, window=spec.window,
-            interleaved=spec.rope.interleaved, q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps,
-        )  # fmt: skip
-
-    def _split(self, qkv_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads, kv_heads = self.spec.num_attention_heads, self.spec.num_key_value_heads
-        qkv_THD = qkv_TW.view(-1, heads + 2 * kv_heads, self.spec.head_dim)
-        q_THD, k_TKD, v_TKD = torch.split(qkv_THD, [heads, kv_heads, kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TKD = self.norm(q_THD, self.q_norm), self.norm(k_TKD, self.k_norm)
-        q_THD, k_TKD = self.rope(q_THD, k_TKD, cos_TR, sin_TR, interleaved=self.spec.rope.interleaved)
-        return q_THD, k_TKD, v_TKD
+        super().__init__(arch, backend, weights, max_model_len=max_model_len, device=device)
+        self._row_of = cache.row_of if isinstance(cache, StatefulCache) else None
+        self._layers = mixed_layers(
+            arch, backend, weights, cache, ropes=self._ropes, router_dtype=router_dtype, consistent=consistent
+        )
+        self._routed_last = isinstance(arch.layers[-1].ffn, MoE)
 
     def step(
-        self, qkv_BW: Tensor, *, cos_BR: Tensor, sin_BR: Tensor, positions: Tensor, slots: Tensor
+        self, tokens_B: Tensor, positions_B: Tensor, slots_B: Tensor, record_BMk: Tensor | None = None
     ) -> Tensor:
-        q_BHD, k_BKD, v_BKD = self._split(qkv_BW, cos_BR, sin_BR)
-        self.cache.write(k_BKD, v_BKD, slots_T=slots, positions_T=positions)
-        o_BHD: Tensor = self.ops.decode(
-            q_BHD, self.cache, seqlens_k=positions + 1, slots=slots, scale=self.scale, window=self.spec.window
-        )
-        return o_BHD.flatten(1)
+        """See `DenseDecoder.step`."""
+        norm = self._norm
+        at = StepAt(self._turns(positions_B), positions_B, slots_B, self._rows(slots_B))
+        residual = embedding(tokens_B, self._embed)
+        x = norm(residual, self._first_norm, residual=None)
+        for step, _, out, mlp_norm, feed_forward, next_norm in self._layers:
+            x, residual = norm(out(step(x, at)), mlp_norm, residual=residual)
+            x, residual = norm(feed_forward(x, record_BMk), next_norm, residual=residual)
+        return self._head(x)
 
-    def prefill(self, qkv_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, batch: Pass) -> Tensor:
-        q_THD, k_TKD, v_TKD = self._split(qkv_TW, cos_TR, sin_TR)
-        self.cache.write(k_TKD, v_TKD, slots_T=batch.slots_T, positions_T=batch.positions_T)
-        o_THD: Tensor
-        if batch.fresh:
-            o_THD = self.ops.varlen(
-                q_THD, k_TKD, v_TKD, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen,
-                scale=self.scale, causal=True, window=self.spec.window,
-            )  # fmt: skip
-        else:
-            o_THD = self.ops.prefill(
-                q_THD, self.cache, cu_seqlens_q=batch.cu_seqlens, seqlens_k=batch.seqlens_k,
-                slots=batch.slots, scale=self.scale, window=self.spec.window,
-            )  # fmt: skip
-        return o_THD.flatten(1)
+    def prefill(self, batch: Pass, record_TMk: Tensor | None = None) -> Tensor:
+        """See `DenseDecoder.prefill`."""
+        norm = self._norm
+        at = PrefillAt(self._turns(batch.positions_T), batch, self._rows(batch.slots))
+        residual = embedding(batch.tokens_T, self._embed)
+        x = norm(residual, self._first_norm, residual=None)
+        final = len(self._layers) - 1
+        whole = record_TMk is not None and self._routed_last
+        for index, (_, prefill, out, mlp_norm, feed_forward, next_norm) in enumerate(self._layers):
+            mixed = prefill(x, at)
+            if index == final and not whole:
+                mixed, residual = mixed[batch.last], residual[batch.last]
+            x, residual = norm(out(mixed), mlp_norm, residual=residual)
+            x, residual = norm(feed_forward(x, record_TMk), next_norm, residual=residual)
+        return self._head(x[batch.last] if whole else x)
+
+    def _rows(self, slots: Tensor) -> Tensor:
+        return slots if self._row_of is None else self._row_of.index_select(0, slots)
+
+
+InferenceDecoder = DenseDecoder | MixedDecoder
+
+
+def make_decoder(
+    arch: Arch, backend: Backend, weights: DecoderWeights, cache: Any, *, max_model_len: int,
+    device: torch.device, router_dtype: torch.dtype, consistent: bool = False,
+) -> InferenceDecoder:  # fmt: skip
+    """The decoder of a model over a cache made for it."""
+    dense = all(
+        isinstance(layer.mixer, Attention) and not layer.mixer.output_gate and isinstance(layer.ffn, DenseMLP)
+        for layer in arch.layers
+    )
+    if dense:
+        return DenseDecoder(arch, backend, weights, cache, max_model_len=max_model_len, device=device)
+    return MixedDecoder(
+        arch, backend, weights, cache, max_model_len=max_model_len, device=device,
+        router_dtype=router_dtype, consistent=consistent,
+    )  # fmt: skip
+
+
+def rope_settings(arch: Arch) -> list[Rope]:
+    """The distinct rotary settings of a model's layers; most models have one."""
+    found: list[Rope] = []
+    for layer in arch.layers:
+        if not isinstance(layer.mixer, GatedDelta) and layer.mixer.rope not in found:
+            found.append(layer.mixer.rope)
+    return found
 
 
 def angles(rope: Rope, max_model_len: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ import torch
 
 from ..errors import ConfigError, DataError, GrpoError
 from ..model.checkpoint_io import read_tensors
-from ..ops.attention import CacheSpec
-from .decoder import InferenceDecoder
-from .options import NativeOptions, cache_size, parse_options
+from .caches import make_cache, plan_cache
+from .decoder import make_decoder
+from .options import parse_options
 from .run import Counters, Run
 from .weights import DecoderWeights
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..ops.attention import KVCache
     from ..types import Completion, Prompt, Sampling
     from .base import RolloutSetup
+    from .decoder import InferenceDecoder
 
 
 class NativeRollout:
@@ -41,8 +41,8 @@ class NativeRollout:
             setup.weight_map, setup.backend.linear.packed, tied=setup.arch.tie_word_embeddings,
             device=setup.device, dtype=setup.dtype,
         )  # fmt: skip
-        self._spec = cache_spec(setup, self._options)
-        self._cache: KVCache | None = None
+        self._plan = plan_cache(setup, self._options)
+        self._cache: Any = None
         self._decoder: InferenceDecoder | None = None
         self._version = 0
         self._from_disk = True
@@ -74,7 +74,7 @@ class NativeRollout:
         try:
             run = Run(
                 self._setup, decoder, cache, prompts, sampling, counters=self._counters,
-                weight_version=self._version, cache_tokens=self._spec.max_tokens,
+                weight_version=self._version, cache_tokens=self._plan.tokens.max_tokens,
                 prefill_tokens=self._options.prefill_tokens,
             )  # fmt: skip
             while not run.done:
@@ -124,7 +124,8 @@ class NativeRollout:
             "device": str(setup.device),
             "max_sequences": setup.max_sequences,
             "max_model_len": setup.max_model_len,
-            "cache_tokens": self._spec.max_tokens,
+            "cache_tokens": self._plan.tokens.max_tokens,
+            "state_rows": self._plan.rows,
             "prefill_tokens": self._options.prefill_tokens,
             "fused_step": setup.backend.attention.step is not None,
             "weight_bytes": self._weights.nbytes(),
@@ -133,18 +134,20 @@ class NativeRollout:
         }
 
     @torch.inference_mode()
-    def _ready(self) -> tuple[InferenceDecoder, KVCache]:
+    def _ready(self) -> tuple[InferenceDecoder, Any]:
         """The decoder and its cache, made where they are not there."""
         if not self._weights.loaded:
             self._read_checkpoint()
         if self._cache is None:
-            self._cache = self._setup.backend.attention.cache(self._spec)
+            self._cache = make_cache(self._setup, self._plan)
         elif self._decoder is None:
             self._cache.restore()
         if self._decoder is None:
-            self._decoder = InferenceDecoder(
-                self._setup.arch, self._setup.backend, self._weights, self._cache,
-                max_model_len=self._setup.max_model_len, device=self._setup.device,
+            setup = self._setup
+            self._decoder = make_decoder(
+                setup.arch, setup.backend, self._weights, self._cache, max_model_len=setup.max_model_len,
+                device=setup.device, router_dtype=getattr(torch, setup.router_dtype),
+                consistent=setup.consistent,
             )  # fmt: skip
         return self._decoder, self._cache
 
@@ -155,7 +158,10 @@ class NativeRollout:
                 why="it sleeps, or was closed, and keeps no copy of weights that came from a trainer",
                 fix="call load_weights before generate",
             )
-        self._weights.load(read_tensors(Path(self._setup.model_path)))
+        setup = self._setup
+        kept, dtype = setup.weight_map.kept, setup.dtype
+        tensors = read_tensors(Path(setup.model_path), wanted=lambda name: name not in kept, fp8_to=dtype)
+        self._weights.load(tensors)
 
     def _check_idle(self, call: str) -> None:
         if self._busy:
@@ -164,33 +170,6 @@ class NativeRollout:
                 why="the iterator of an earlier generate call is neither used up nor closed",
                 fix="read it to its end, or close() it, first",
             )
-
-
-def cache_spec(setup: RolloutSetup, options: NativeOptions) -> CacheSpec:
-    """Sizes of the cache. Raises `ConfigError` for layers of different key/value shapes."""
-    shapes = {(layer.mixer.num_key_value_heads, layer.mixer.head_dim) for layer in setup.arch.layers}
-    if len(shapes) > 1:
-        raise ConfigError(
-            "the native rollout engine cannot serve this model",
-            why=f"its layers have key/value shapes {sorted(shapes)} and one cache holds one shape",
-            fix="use another rollout engine",
-        )
-    kv_heads, head_dim = shapes.pop()
-    tokens = cache_size(
-        options, setup.arch, max_sequences=setup.max_sequences, max_model_len=setup.max_model_len,
-        itemsize=setup.dtype.itemsize,
-    )  # fmt: skip
-    return CacheSpec(
-        num_layers=len(setup.arch.layers),
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        v_head_dim=head_dim,
-        dtype=setup.dtype,
-        device=setup.device,
-        # A running sequence may be the only child of its prompt's slot.
-        max_slots=2 * setup.max_sequences + 1,
-        max_tokens=tokens,
-    )
 
 
 def check_prompts(prompts: Sequence[Prompt], max_model_len: int, vocab_size: int) -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
     from torch import Tensor
 
 FIELDS = ("lanes", "groups", "samples", "slots", "keys", "counts", "limits")
+
+
+class Drawn(NamedTuple):
+    """One running sequence with the tokens that it has."""
+
+    lane: int
+    group: int
+    sample: int
+    ids: list[int]
+    logprobs: list[float]
+    logprobs1: list[float]
 
 
 class Lanes:
@@ -86,6 +99,18 @@ class Lanes:
         else:
             self.tokens_B[rows] = ids_B
         return ids
+
+    def drawn(self, rows: NDArray[np.int64]) -> Iterator[Drawn]:
+        """What was drawn for these rows so far, as Python values, converted all at once."""
+        lanes, counts = self.lanes[rows], self.counts[rows]
+        keys = (lanes, self.groups[rows], self.samples[rows], counts)
+        longest = counts.max(initial=0)
+        columns = (
+            out[lanes, :longest].tolist() for out in (self.out_ids, self.out_logprobs, self.out_logprobs1)
+        )
+        parts = zip(*(key.tolist() for key in keys), *columns, strict=True)
+        for lane, group, sample, count, ids, logprobs, logprobs1 in parts:
+            yield Drawn(lane, group, sample, ids[:count], logprobs[:count], logprobs1[:count])
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
         """Let the other rows go."""

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError
-from ..model.arch import Arch
+from ..model.arch import MLA, Arch, Attention
+from .states import state_bytes
 
 PAGE_SLACK = 512
 """Tokens added to a cache for the rounding of a prompt's and a completion's pages."""
@@ -23,7 +24,7 @@ class NativeOptions(BaseModel):
     cache_tokens: int = Field(0, ge=0)
     """Tokens that the key/value cache holds; 0 is room for all at their longest, within `cache_gib`."""
     cache_gib: float = Field(2.0, gt=0)
-    """Upper bound of an automatic cache, in GiB."""
+    """Upper bound of an automatic cache in GiB, recurrent states included."""
     prefill_tokens: int = Field(2048, ge=1)
     """Prompt tokens of one forward pass; a longer prompt takes several."""
 
@@ -44,15 +45,48 @@ def parse_options(options: Mapping[str, Any]) -> NativeOptions:
 
 
 def token_bytes(arch: Arch, itemsize: int) -> int:
-    """Bytes of one token's keys and values over all layers."""
-    return sum(2 * layer.mixer.num_key_value_heads * layer.mixer.head_dim * itemsize for layer in arch.layers)
+    """Bytes that the caches of all layers hold for one token."""
+    total = 0
+    for layer in arch.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, Attention):
+            total += 2 * mixer.num_key_value_heads * mixer.head_dim * itemsize
+        elif isinstance(mixer, MLA):
+            total += (mixer.kv_lora_rank + mixer.qk_rope_head_dim) * itemsize
+    return total
+
+
+def state_rows(
+    options: NativeOptions, arch: Arch, *, max_sequences: int, max_model_len: int, itemsize: int
+) -> int:
+    """Sequences whose recurrent states are held at once; 0 for a model without such layers.
+
+    Room for `max_sequences` and their prompts, within `cache_gib` together with the tokens of as many; at
+    least a prompt and one sample of it.
+    """
+    state = state_bytes(arch, itemsize)
+    if state == 0:
+        return 0
+    budget = int(options.cache_gib * 2**30)
+    token = token_bytes(arch, itemsize)
+    if options.cache_tokens:
+        affordable = (budget - options.cache_tokens * token) // state
+    else:
+        # A group's prompt holds a row too; half as many prompts as samples is the most.
+        affordable = 3 * budget // (2 * max_model_len * token + 3 * state)
+    wanted = max_sequences + (max_sequences + 1) // 2 + 1
+    return max(min(wanted, affordable), 2)
 
 
 def cache_size(
-    options: NativeOptions, arch: Arch, *, max_sequences: int, max_model_len: int, itemsize: int
+    options: NativeOptions, arch: Arch, *, max_sequences: int, max_model_len: int, itemsize: int, rows: int
 ) -> int:
-    """Tokens of the cache; at least one sequence at its longest fits."""
+    """Tokens of the cache beside `rows` states; at least one sequence at its longest fits."""
     if options.cache_tokens:
         return options.cache_tokens
-    affordable = int(options.cache_gib * 2**30) // token_bytes(arch, itemsize)
-    return max(min(max_sequences * max_model_len, affordable), max_model_len) + PAGE_SLACK
+    longest = max_sequences * max_model_len
+    per_token = token_bytes(arch, itemsize)
+    if per_token:
+        left = int(options.cache_gib * 2**30) - rows * state_bytes(arch, itemsize)
+        longest = min(longest, left // per_token)
+    return max(longest, max_model_len) + PAGE_SLACK

@@ -7,56 +7,55 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from .decoder import Pass
+from .batch import Chunk, Pass
 
 
 def passes(
     prompts: Sequence[tuple[int, Sequence[int]]], *, max_tokens: int, device: torch.device
-) -> Iterator[tuple[Pass, list[int]]]:
-    """Passes over (slot, token ids), with the indices of the prompts that each pass ends.
+) -> Iterator[tuple[Pass, list[Chunk]]]:
+    """Passes over (slot, token ids), with the chunks of each, in order.
 
     A pass takes at most `max_tokens` tokens; a prompt that does not fit goes on in the next pass against
     its cached beginning.
     """
-    chunks: list[tuple[int, int, int]] = []
+    chunks: list[Chunk] = []
     room = max_tokens
     for index, (_, token_ids) in enumerate(prompts):
         start = 0
         while start < len(token_ids):
             stop = min(len(token_ids), start + room)
-            chunks.append((index, start, stop))
+            chunks.append(Chunk(index, start, stop, stop == len(token_ids)))
             room -= stop - start
             start = stop
             if room == 0:
-                yield pack(prompts, chunks, device)
+                yield pack(prompts, chunks, device), chunks
                 chunks, room = [], max_tokens
     if chunks:
-        yield pack(prompts, chunks, device)
+        yield pack(prompts, chunks, device), chunks
 
 
-def pack(
-    prompts: Sequence[tuple[int, Sequence[int]]], chunks: Sequence[tuple[int, int, int]], device: torch.device
-) -> tuple[Pass, list[int]]:
-    """One pass from (prompt, start, stop) chunks."""
-    lengths = np.array([stop - start for _, start, stop in chunks], dtype=np.int64)
+def pack(prompts: Sequence[tuple[int, Sequence[int]]], chunks: Sequence[Chunk], device: torch.device) -> Pass:
+    """One pass from chunks."""
+    lengths = np.array([chunk.stop - chunk.start for chunk in chunks], dtype=np.int64)
     ends = lengths.cumsum()
-    slots = np.array([prompts[index][0] for index, _, _ in chunks], dtype=np.int64)
-    tokens = np.concatenate([np.asarray(prompts[i][1][a:b], dtype=np.int64) for i, a, b in chunks])
-    positions = np.concatenate([np.arange(start, stop) for _, start, stop in chunks])
-    finished = [row for row, (i, _, stop) in enumerate(chunks) if stop == len(prompts[i][1])]
+    slots = np.array([prompts[chunk.prompt][0] for chunk in chunks], dtype=np.int64)
+    tokens = np.concatenate(
+        [np.asarray(prompts[c.prompt][1][c.start : c.stop], dtype=np.int64) for c in chunks]
+    )
+    positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+    finished = [row for row, chunk in enumerate(chunks) if chunk.last]
 
     def tensor(values: np.ndarray[tuple[int], np.dtype[np.int64]]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
 
-    batch = Pass(
+    return Pass(
         tokens_T=tensor(tokens),
         positions_T=tensor(positions),
         slots_T=tensor(np.repeat(slots, lengths)),
         cu_seqlens=tensor(np.concatenate([[0], ends])).to(torch.int32),
         max_seqlen=int(lengths.max()),
         slots=tensor(slots),
-        seqlens_k=tensor(np.array([stop for _, _, stop in chunks])),
-        fresh=all(start == 0 for _, start, _ in chunks),
+        seqlens_k=tensor(np.array([chunk.stop for chunk in chunks])),
+        fresh=all(chunk.start == 0 for chunk in chunks),
         last=tensor(ends[finished] - 1),
     )
-    return batch, [chunks[row][0] for row in finished]

@@ -12,6 +12,7 @@ import torch
 from ..types import Completion
 from .lanes import Lanes
 from .prefill import passes
+from .recording import ExpertRecorder, routed_shape
 from .sampler import TokenSampler, stream_keys
 from .scheduler import Scheduler
 from .stop import StopText
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ..ops.attention import KVCache
     from ..types import Prompt, Sampling
     from .base import RolloutSetup
     from .decoder import InferenceDecoder
+    from .lanes import Drawn
+    from .scheduler import Slots
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Run:
     """The state of one call; `advance` until `done`."""
 
     def __init__(
-        self, setup: RolloutSetup, decoder: InferenceDecoder, cache: KVCache, prompts: Sequence[Prompt],
+        self, setup: RolloutSetup, decoder: InferenceDecoder, cache: Slots, prompts: Sequence[Prompt],
         sampling: Sampling, *, counters: Counters, weight_version: int, cache_tokens: int,
         prefill_tokens: int,
     ) -> None:  # fmt: skip
@@ -76,6 +78,15 @@ class Run:
             setup.backend.sample.token, sampling, stop_ids=stop_ids, vocab_size=setup.arch.vocab_size,
             rows=rows, device=setup.device,
         )  # fmt: skip
+        shape = routed_shape(setup.arch) if setup.record_experts else (0, 0)
+        self.recorder = (
+            ExpertRecorder(
+                shape, prompt_lengths=lengths.tolist(), lanes=rows, max_tokens=int(self.limits.max()),
+                device=setup.device,
+            )
+            if shape[0]
+            else None
+        )  # fmt: skip
         self.first_logits: dict[int, Tensor] = {}
         """Logits [V] after the prompt of each group that has samples to start."""
         self.texts: dict[int, StopText] = {}
@@ -99,19 +110,15 @@ class Run:
 
     def _admit(self) -> list[Completion]:
         planned = self.scheduler.to_prefill()
-        prompts = [(slot, self.prompts[group].token_ids) for group, slot in planned]
-        for batch, ended in passes(prompts, max_tokens=self.prefill_tokens, device=self.setup.device):
-            logits_PV = self.decoder.prefill(batch)
-            self.counters.prefill_passes += 1
-            self.counters.prefill_tokens += len(batch.tokens_T)
-            for row, index in enumerate(ended):
-                self.first_logits[planned[index][0]] = logits_PV[row]
+        self._prefill(planned)
         starts = self.scheduler.start()
         if not starts:
             return []
         groups = np.array([start.group for start in starts], dtype=np.int64)
         samples = np.array([start.sample for start in starts], dtype=np.int64)
-        logits_BV = torch.stack([self.first_logits[start.group] for start in starts])
+        started, group_of = np.unique(groups, return_inverse=True)
+        logits_GV = torch.stack([self.first_logits[group] for group in started.tolist()])
+        logits_BV = logits_GV.index_select(0, torch.from_numpy(group_of).to(self.setup.device))
         rows = self.lanes.add(
             groups=groups,
             samples=samples,
@@ -127,9 +134,26 @@ class Run:
                 self.texts[lane] = StopText(self.setup.chat.decode, self.sampling.stop)
         return self._draw(rows, logits_BV)
 
+    def _prefill(self, planned: list[tuple[int, int]]) -> None:
+        """Compute the prompts of (group, slot) pairs, and keep their last logits."""
+        groups = [group for group, _ in planned]
+        prompts = [(slot, self.prompts[group].token_ids) for group, slot in planned]
+        for batch, chunks in passes(prompts, max_tokens=self.prefill_tokens, device=self.setup.device):
+            record = self.recorder.buffer(len(batch.tokens_T)) if self.recorder else None
+            logits_PV = self.decoder.prefill(batch, record)
+            if self.recorder and record is not None:
+                self.recorder.note_pass(record, chunks, groups)
+            self.counters.prefill_passes += 1
+            self.counters.prefill_tokens += len(batch.tokens_T)
+            ended = [groups[chunk.prompt] for chunk in chunks if chunk.last]
+            self.first_logits.update(zip(ended, logits_PV, strict=True))
+
     def _step(self) -> list[Completion]:
         lanes = self.lanes
-        logits_BV = self.decoder.step(lanes.tokens_B, lanes.positions_B, lanes.slots_B)
+        record = self.recorder.buffer(len(lanes)) if self.recorder else None
+        logits_BV = self.decoder.step(lanes.tokens_B, lanes.positions_B, lanes.slots_B, record)
+        if self.recorder and record is not None:
+            self.recorder.note_step(record, lanes)
         lanes.positions_B += 1
         self.counters.decode_steps += 1
         self.counters.decode_rows += len(lanes)
@@ -165,28 +189,33 @@ class Run:
         by_text: NDArray[np.bool_] | None,
     ) -> list[Completion]:  # fmt: skip
         lanes = self.lanes
-        completions = []
-        for row in np.flatnonzero(ended).tolist():
-            cut = by_text is not None and bool(by_text[row])
-            completions.append(self._completion(rows.start + row, by_id=bool(stopped[row]), by_text=cut))
+        at = np.flatnonzero(ended)
+        by_id = stopped[at].tolist()
+        cut = [False] * len(at) if by_text is None else by_text[at].tolist()
+        completions = [
+            self._completion(*row) for row in zip(lanes.drawn(rows.start + at), by_id, cut, strict=True)
+        ]
         gone = np.zeros(len(lanes), dtype=np.bool_)
         gone[rows] = ended
-        self.scheduler.finish(lanes.groups[gone].tolist(), lanes.slots[gone].tolist())
+        groups = lanes.groups[gone].tolist()
+        self.scheduler.finish(groups, lanes.slots[gone].tolist())
+        if self.recorder:
+            for group in filter(self.scheduler.finished, groups):
+                self.recorder.forget(group)
         lanes.keep(~gone)
         return completions
 
-    def _completion(self, row: int, *, by_id: bool, by_text: bool) -> Completion:
-        lanes = self.lanes
-        lane, count = int(lanes.lanes[row]), int(lanes.counts[row])
-        ids: list[int] = lanes.out_ids[lane, :count].tolist()
-        text = self.texts.pop(lane, None)
+    def _completion(self, drawn: Drawn, by_id: bool, by_text: bool) -> Completion:
+        lane, group, sample, ids, logprobs, logprobs1 = drawn
+        text = self.texts.pop(lane, None) if self.texts else None
         return Completion(
-            prompt_id=self.prompts[int(lanes.groups[row])].id,
-            index=int(lanes.samples[row]),
+            prompt_id=self.prompts[group].id,
+            index=sample,
             token_ids=tuple(ids),
             text=text.text if text and by_text else self.setup.chat.decode(ids[:-1] if by_id else ids),
-            logprobs=tuple(lanes.out_logprobs[lane, :count].tolist()),
-            logprobs_t1=tuple(lanes.out_logprobs1[lane, :count].tolist()),
+            logprobs=tuple(logprobs),
+            logprobs_t1=tuple(logprobs1),
             finish_reason="stop" if by_id or by_text else "length",
             weight_version=self.weight_version,
+            routed_experts=self.recorder.take(group, lane, len(ids)) if self.recorder else None,
         )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import numpy as np
     from numpy.typing import NDArray
 
 NO_SLOT = -1
@@ -25,8 +23,7 @@ class Slots(Protocol):
     def free(self, slot: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class Start(NamedTuple):
     """One sample that starts to decode."""
 
     group: int
@@ -53,15 +50,16 @@ class Scheduler:
         max_tokens: int,
     ) -> None:
         self.slots = slots
-        self.prompt_tokens = prompt_tokens
-        self.group_sizes = group_sizes
-        self.new_tokens = new_tokens
+        # Lists: single elements of arrays are slow to read, and each sample reads several.
+        self.prompt_tokens: list[int] = prompt_tokens.tolist()
+        self.group_sizes: list[int] = group_sizes.tolist()
+        self.new_tokens: list[int] = new_tokens.tolist()
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         count = len(prompt_tokens)
-        self.prompt_slots = np.full(count, NO_SLOT, dtype=np.int64)
-        self.started = np.zeros(count, dtype=np.int64)
-        self.alive = np.zeros(count, dtype=np.int64)
+        self.prompt_slots = [NO_SLOT] * count
+        self.started = [0] * count
+        self.alive = [0] * count
         self.head = 0
         self.ready = 0
         self.running = 0
@@ -79,16 +77,19 @@ class Scheduler:
         A pass over the model costs nearly the same for one short prompt as for several, so while samples
         run, new prompts wait until an eighth of the lanes is free.
         """
-        waiting = int((self.group_sizes - self.started)[self.head : self.ready].sum())
+        left = {
+            group: self.group_sizes[group] - self.started[group] for group in range(self.head, self.ready)
+        }
+        waiting = sum(left.values())
         lanes = self.max_sequences - self.running - waiting
         if lanes < (max(1, self.max_sequences // 8) if self.running else 1):
             return []
-        reserved = int(((self.group_sizes - self.started) * self.new_tokens)[self.head : self.ready].sum())
+        reserved = sum(count * self.new_tokens[group] for group, count in left.items())
         room = self.max_tokens - self.used_tokens - reserved
         planned: list[tuple[int, int]] = []
         while self.ready < len(self.prompt_tokens) and lanes > 0:
             group = self.ready
-            prompt, new = int(self.prompt_tokens[group]), int(self.new_tokens[group])
+            prompt, new = self.prompt_tokens[group], self.new_tokens[group]
             alone = not planned and self.running == 0 and self.head == self.ready
             if prompt + new > room and not alone:
                 break
@@ -98,7 +99,7 @@ class Scheduler:
                 if alone:
                     raise too_small(prompt + new, self.max_tokens)
                 break
-            wanted = min(int(self.group_sizes[group]), lanes)
+            wanted = min(self.group_sizes[group], lanes)
             self.prompt_slots[group] = slot
             self.used_tokens += prompt
             room -= prompt + wanted * new
@@ -116,7 +117,7 @@ class Scheduler:
                 self._give_way()
                 blocked = self._start_group(self.head, starts)
                 if self.running == 0:
-                    need = int(self.prompt_tokens[self.head] + self.new_tokens[self.head])
+                    need = self.prompt_tokens[self.head] + self.new_tokens[self.head]
                     raise too_small(need, self.max_tokens)
             if blocked:
                 break
@@ -125,17 +126,15 @@ class Scheduler:
 
     def _start_group(self, group: int, starts: list[Start]) -> bool:
         """Start what fits of one group; True when samples are left over."""
-        slot, new = int(self.prompt_slots[group]), int(self.new_tokens[group])
+        slot, new, prompt = self.prompt_slots[group], self.new_tokens[group], self.prompt_tokens[group]
         single = self.group_sizes[group] == 1
         while self.started[group] < self.group_sizes[group]:
             if self.running >= self.max_sequences:
                 return True
-            child = (
-                slot if single else self.slots.fork(slot, prefix=int(self.prompt_tokens[group]), length=new)
-            )
+            child = slot if single else self.slots.fork(slot, prefix=prompt, length=new)
             if child is None:
                 return True
-            starts.append(Start(group=group, sample=int(self.started[group]), slot=child))
+            starts.append(Start(group, self.started[group], child))
             self.started[group] += 1
             self.alive[group] += 1
             self.running += 1
@@ -148,9 +147,9 @@ class Scheduler:
     def _give_way(self) -> None:
         """Take back the slots of later prompts, which keep the first from starting; prefill them again."""
         for group in range(self.head + 1, self.ready):
-            self.slots.free(int(self.prompt_slots[group]))
+            self.slots.free(self.prompt_slots[group])
             self.prompt_slots[group] = NO_SLOT
-            self.used_tokens -= int(self.prompt_tokens[group])
+            self.used_tokens -= self.prompt_tokens[group]
         self.ready = self.head + 1
 
     def finish(self, groups: Iterable[int], slots: Iterable[int]) -> None:
@@ -159,9 +158,13 @@ class Scheduler:
             self.slots.free(slot)
             self.running -= 1
             self.alive[group] -= 1
-            self.used_tokens -= int(self.new_tokens[group])
-            if self.alive[group] == 0 and self.started[group] == self.group_sizes[group]:
-                self.used_tokens -= int(self.prompt_tokens[group])
+            self.used_tokens -= self.new_tokens[group]
+            if self.finished(group):
+                self.used_tokens -= self.prompt_tokens[group]
+
+    def finished(self, group: int) -> bool:
+        """Every sample of the group has started and finished."""
+        return self.alive[group] == 0 and self.started[group] == self.group_sizes[group]
 
 
 def too_small(need: int, held: int) -> ConfigError:

@@ -15,11 +15,26 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..model.arch import Arch
     from ..model.weights import Rule, WeightMap
     from ..ops.fused import PackedLinear
 
-LINEARS = (".attn.qkv.weight", ".attn.out.weight", ".mlp.gate_up.weight", ".mlp.down.weight")
+LINEARS = tuple(
+    f".{name}.weight"
+    for name in (
+        "attn.qkv", "attn.out", "attn.q", "attn.q_a", "attn.q_b", "attn.kv_a",
+        "linear_attn.qkvz", "linear_attn.ba", "linear_attn.out",
+        "mlp.gate_up", "mlp.down", "mlp.shared.gate_up", "mlp.shared.down",
+    )
+)  # fmt: skip
+"""Endings of the weights that only ever multiply rows, and may be kept in the device's own layout."""
+ROUTER = ".mlp.router.weight"
 HEAD = "lm_head"
+
+
+def following_norm(arch: Arch, index: int) -> str:
+    """Name of the norm after a layer: the next layer's first, or the final one."""
+    return f"layers.{index + 1}.attn_norm.weight" if index + 1 < len(arch.layers) else "norm.weight"
 
 
 class DecoderWeights:
@@ -60,22 +75,32 @@ class DecoderWeights:
         given = checked(self._map, tensors)
         for rule in self._rules.values():
             name, _, kind = rule.neutral.rpartition(".")
-            if kind == "bias":
+            if kind == "bias" and f"{name}.weight".endswith(LINEARS):
                 continue
             if rule.neutral.endswith(LINEARS) or name == HEAD:
                 bias = self._rules.get(f"{name}.bias")
                 self._take(name, self._fill(rule, given), None if bias is None else self._fill(bias, given))
-            elif rule.neutral in self.plain:
-                copy_parts(rule, given, self.plain[rule.neutral])
             else:
-                self.plain[rule.neutral] = self._fill(rule, given)
+                self._keep(rule, given)
         if self._tied:
             self._take(HEAD, self.plain["embed.weight"], None)
 
     def _fill(self, rule: Rule, given: Mapping[str, Tensor]) -> Tensor:
-        buffer = torch.empty(rule.shape, device=self._device, dtype=self._dtype)
-        copy_parts(rule, given, buffer)
+        dtype = torch.float32 if rule.float32 else self._dtype
+        buffer = torch.empty(rule.shape, device=self._device, dtype=dtype)
+        rule.fill(given, buffer)
         return buffer
+
+    def _keep(self, rule: Rule, given: Mapping[str, Tensor]) -> None:
+        held = self.plain.get(rule.neutral)
+        if rule.neutral.endswith(ROUTER):
+            # Rounded as in the trainer, then kept as its logits are computed: no cast in every step.
+            rounded = self._fill(rule, given).float()
+            self.plain[rule.neutral] = rounded if held is None else held.copy_(rounded)
+        elif held is None:
+            self.plain[rule.neutral] = self._fill(rule, given)
+        else:
+            rule.fill(given, held)
 
     def _take(self, name: str, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         linear = self.linears.get(name)
@@ -101,19 +126,15 @@ class DecoderWeights:
         return total
 
 
-def copy_parts(rule: Rule, given: Mapping[str, Tensor], into: Tensor) -> None:
-    """Stack the parts of one rule into its neutral tensor."""
-    start = 0
-    for name, rows in rule.parts:
-        into[start : start + rows].copy_(given[name])
-        start += rows
-
-
 def checked(weight_map: WeightMap, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors by name when every one is there, fits and can be a weight."""
     pairs = list(tensors)
     weight_map.check((name, tuple(tensor.shape)) for name, tensor in pairs)
-    given = {name: tensor for name, tensor in pairs if not name.endswith(weight_map.ignored)}
+    given = {
+        name: tensor
+        for name, tensor in pairs
+        if not name.endswith(weight_map.ignored) and name not in weight_map.kept
+    }
     bad = [name for name, tensor in given.items() if not (tensor.is_floating_point() and is_finite(tensor))]
     unequal = [
         f"{copy} is not {source}"

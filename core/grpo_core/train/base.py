@@ -43,6 +43,8 @@ class TrainSetup:
     """Data-parallel group (one rank in a single process)."""
     total_steps: int
     """Optimizer steps of the whole run, for the schedule."""
+    consistent: bool = False
+    """Log-probs are those of the rollout engine, bit for bit; the bound ops are batch-invariant then."""
 
 
 class Trainer(Protocol):
@@ -52,6 +54,11 @@ class Trainer(Protocol):
 
     def logprobs(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
         """float32 logprobs_L of each micro-batch, without gradient, by the policy or the reference."""
+        ...
+
+    def with_old(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The micro-batches with what the policy says of them before the first update: old_logprobs_L, and
+        with train.routing_replay R2 the experts that it chose, old_experts_TMk."""
         ...
 
     def step(self, batches: Sequence[Batch], loss: LossFn) -> StepMetrics:

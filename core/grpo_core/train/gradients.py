@@ -4,72 +4,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .parallel import all_reduce_flat
 
 if TYPE_CHECKING:
     from ..ops.collectives import Group
+    from ..ops.memory import Memory
     from .parameters import FlatParameters
 
 NORM_PIECE = 1 << 20
-"""Elements whose squares are summed at once."""
+"""Elements that one sum of squares covers."""
+NORM_ROW = 1 << 12
+"""Squares added up in float32; rows are added in float64."""
 
 
 def square_sums(tensors: Iterable[Tensor]) -> list[float]:
     """Sums of squares of contiguous tensors, one for each piece of `NORM_PIECE` elements; read in one go."""
-    norms = [
-        # Not every device has float64; a piece is short enough for float32 then.
-        torch.linalg.vector_norm(piece, dtype=torch.float64 if piece.device.type == "cpu" else torch.float32)
-        for tensor in tensors
-        for piece in torch.split(tensor.reshape(-1), NORM_PIECE)
-    ]
+    norms = [_norm(piece) for tensor in tensors for piece in torch.split(tensor.reshape(-1), NORM_PIECE)]
     return [norm * norm for norm in torch.stack(norms).tolist()]
+
+
+def _norm(piece_P: Tensor) -> Tensor:
+    # Not every device has float64, and a float64 copy of the whole would cost more than the sum.
+    wide = torch.float64 if piece_P.device.type == "cpu" else torch.float32
+    whole = piece_P.numel() // NORM_ROW * NORM_ROW
+    rows = torch.linalg.vector_norm(piece_P[:whole].view(-1, NORM_ROW), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(piece_P[whole:], dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([rows, rest[None]]).to(wide))
+    return norm
 
 
 class Gradients:
     """Takes each parameter's gradient into one flat buffer the moment it is complete.
 
-    Its own memory is freed at once, so that gradients neither pile up in the compute dtype nor lie between
-    activations and keep their memory from being given back. The buffer is float32; as long as no step had
-    more than one micro-batch on one rank there is nothing to add up, and it has the compute dtype.
+    Layers that have a `main_grad` are lent their part of a float32 buffer and add to it themselves. Other
+    gradients are taken from autograd, whose memory is freed at once, so that gradients neither pile up in
+    the compute dtype nor lie between activations and keep their memory from being given back. The buffer is
+    float32; as long as no step had more than one micro-batch on one rank there is nothing to add up, and it
+    has the compute dtype. Between steps its memory is free for the rollout.
     """
 
-    def __init__(self, flat: FlatParameters) -> None:
-        self.flat = flat
+    def __init__(self, flat: FlatParameters, module: nn.Module, memory: Memory) -> None:
+        self.flat, self.memory = flat, memory
         self.sum_P: Tensor | None = None
         self.views: list[Tensor] = []
-        self.seen: set[int] = set()
+        places = {id(parameter): index for index, parameter in enumerate(flat.parameters)}
+        self.adders: list[tuple[Any, int]] = [
+            (layer, places[id(layer.weight)]) for layer in module.modules() if hasattr(layer, "main_grad")
+        ]
         for index, parameter in enumerate(flat.parameters):
             parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
 
     def begin(self, *, single: bool) -> None:
-        """Start a step; `single` promises one micro-batch on one rank."""
-        self.seen.clear()
+        """Start a step with a sum of zeros; `single` promises one micro-batch on one rank."""
         weights_P = self.flat.weights_P
         dtype = weights_P.dtype if single else torch.float32
         if self.sum_P is None or (self.sum_P.dtype != dtype and not single):
             self.release()
-            self.sum_P = torch.zeros(weights_P.shape, device=weights_P.device, dtype=dtype)
+            self.sum_P = torch.empty(weights_P.shape, device=weights_P.device, dtype=dtype)
+            self.memory.hold(self._tag(), [self.sum_P])
             views = self.flat.views(self.sum_P)
             self.views = [views[slot.name] for slot in self.flat.slots]
+            self.sum_P.zero_()
+        elif self.nbytes() == 0:
+            self.memory.wake(self._tag())
+        else:
+            self.sum_P.zero_()
+        self._lend(lent=self.sum_P.dtype == torch.float32)
 
     def release(self) -> None:
-        """Free the buffer; the next step makes another."""
-        self.sum_P, self.views = None, []
+        """Free the buffer's memory until the next step."""
+        self._lend(lent=False)
+        if self.sum_P is not None:
+            self.memory.sleep(self._tag(), keep="none")
 
     def nbytes(self) -> int:
-        """Bytes held between steps."""
-        return 0 if self.sum_P is None else self.sum_P.nbytes
+        """Bytes held at the moment."""
+        return 0 if self.sum_P is None else self.sum_P.untyped_storage().nbytes()
 
     def finish(self, group: Group) -> None:
-        """Complete the sum: zeros for what no micro-batch touched, then over all ranks."""
-        for index, view in enumerate(self.views):
-            if index not in self.seen:
-                view.zero_()
+        """Complete the sum over all ranks."""
         all_reduce_flat(self.total(), group)
 
     def total(self) -> Tensor:
@@ -87,15 +105,18 @@ class Gradients:
         part = self.total()[start:stop]
         return part if part.dtype == torch.float32 else scratch[: stop - start].copy_(part)
 
+    def _tag(self) -> str:
+        """One for each dtype: a tag that sleeps takes no further tensors."""
+        return f"gradients in {str(self.total().dtype).removeprefix('torch.')}"
+
+    def _lend(self, *, lent: bool) -> None:
+        for layer, index in self.adders:
+            layer.main_grad = self.views[index] if lent else None
+
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
-            if parameter.grad is None:
-                return
-            if index in self.seen:
+            if parameter.grad is not None:
                 self.views[index].add_(parameter.grad)
-            else:
-                self.views[index].copy_(parameter.grad)
-                self.seen.add(index)
-            parameter.grad = None
+                parameter.grad = None
 
         return take

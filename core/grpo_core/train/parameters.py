@@ -23,7 +23,7 @@ class Slot:
     shape: tuple[int, ...]
     start: int
     decays: bool
-    """Whether weight decay applies: to matrices, not to norms, biases and other vectors."""
+    """Whether weight decay applies: to matrices and the experts' stacks of them, not to vectors."""
 
     @property
     def stop(self) -> int:
@@ -72,6 +72,8 @@ class FlatParameters:
     def __init__(self, module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
         named = dict(module.named_parameters())
         self.slots = layout(named)
+        self.frozen: Mapping[str, Tensor] = dict(module.named_buffers())
+        """Tensors of the module that belong to a checkpoint and are not trained, by neutral name."""
         total = max(slot.stop for slot in self.slots)
         self.weights_P = torch.zeros(total, device=device, dtype=dtype)
         split = dtype == torch.bfloat16
@@ -90,15 +92,19 @@ class FlatParameters:
         """Parameter-shaped views of a buffer with this layout, by neutral name."""
         return {slot.name: flat_P[slot.start : slot.stop].view(slot.shape) for slot in self.slots}
 
+    def whole(self, flat_P: Tensor) -> dict[str, Tensor]:
+        """The views of a buffer and the frozen tensors: everything that a checkpoint holds."""
+        return {**self.views(flat_P), **self.frozen}
+
     def fill(self, load: Callable[[Mapping[str, Tensor]], None], scratch_P: Tensor) -> None:
-        """Take masters from `load(views)`, which fills float32 tensors by name; no precision is lost.
+        """Take masters from `load(whole)`, which fills float32 tensors by name; no precision is lost.
 
         `scratch_P` is a float32 buffer of this layout, all zero before and after.
         """
         if self.remainder_P is None:
-            load(self.views(self.weights_P))
+            load(self.whole(self.weights_P))
             return
-        load(self.views(scratch_P))
+        load(self.whole(scratch_P))
         masters.split(scratch_P, self.weights_P, self.remainder_P)
         scratch_P.zero_()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,17 @@ def _record(flat: FlatParameters) -> dict[str, Any]:
 
 
 def save_state(
-    folder: Path, flat: FlatParameters, optimizer: Optimizer, weight_map: WeightMap, arch: Arch
+    folder: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    flat: FlatParameters,
+    optimizer: Optimizer,
+    arch: Arch,
 ) -> None:
-    """Write weights (compute dtype), optimizer.safetensors (by neutral names) and trainer.json.
+    """Write weights (by checkpoint names), optimizer.safetensors (by neutral names) and trainer.json.
 
     In bfloat16 the remainders make the float32 masters exact; see `masters`.
     """
-    write_checkpoint(folder, weight_map.export(flat.views(flat.weights_P)), arch.hf_config)
+    write_checkpoint(folder, weights, arch.hf_config)
     tensors = {name: tensor.cpu() for name, tensor in _tensors(flat, optimizer).items()}
     save_file(tensors, str(folder / OPTIMIZER), metadata={"format": "pt"})
     write_json(folder / TRAINER, {**_record(flat), "step": optimizer.step_count})
@@ -71,7 +76,7 @@ def load_state(folder: Path, flat: FlatParameters, optimizer: Optimizer, weight_
     try:
         with safe_open(str(folder / OPTIMIZER), framework="pt") as file:
             _check(folder, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, targets)  # noqa: SIM118
-            load_checkpoint(folder, weight_map, flat.views(flat.weights_P))
+            load_checkpoint(folder, weight_map, flat.whole(flat.weights_P))
             for name, target in targets.items():
                 target.copy_(file.get_tensor(name))
     except (SafetensorError, OSError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..algo.mismatch import gap_metrics, rollout_gap
 from ..errors import ConfigError, GrpoError, NonFiniteError
 from ..model.checkpoint_io import load_checkpoint
+from ..model.kept import read_kept, with_kept
 from ..model.transformer import Decoder
 from ..types import Batch, StepMetrics
 from .base import LossFn, TrainSetup
@@ -20,6 +21,7 @@ from .gradients import Gradients, square_sums
 from .optimizer import Optimizer
 from .parallel import Tally, Totals, merge, same_everywhere, totals
 from .parameters import FlatParameters
+from .routing import blank, changed, expert_sizes, replayed, share_changed, with_old_pass
 from .schedule import learning_rate
 from .state import load_state, save_state
 
@@ -35,8 +37,8 @@ class NativeTrainer:
     """The reference of `engine.train`; see `grpo_core.train.base.Trainer` for each method's contract.
 
     In bfloat16 it holds 12 bytes a parameter between steps (weight 2, remainder of the master 2, moments 8).
-    A step adds a buffer for gradients that stays: 2 as long as there is a single micro-batch on one rank,
-    else float32; activations are bounded by the tokens of a micro-batch. `options`: `sleep` ("host" or
+    A step adds a buffer for gradients: 2 as long as there is a single micro-batch on one rank, else
+    float32; activations are bounded by the tokens of a micro-batch. `options`: `sleep` ("host" or
     "disk"), where `sleep` keeps the state.
     """
 
@@ -44,13 +46,15 @@ class NativeTrainer:
         _check(setup)
         self.setup = setup
         self.dtype = DTYPES[setup.train.dtype]
+        self.experts = expert_sizes(setup.arch)
         self.memory: Memory = setup.backend.memory.allocator()
         self.policy = self._decoder()
         self.flat = FlatParameters(self.policy, device=setup.device, dtype=self.dtype)
         self.optimizer = Optimizer(self.flat, setup.backend.optim.adamw, setup.train)
         self.flat.fill(self._read_model, self.optimizer.exp_avg_P)
-        self.gradients = Gradients(self.flat)
+        self.gradients = Gradients(self.flat, self.policy, self.memory)
         self.reference = self._frozen() if setup.algo.kl_coef > 0 else None
+        self.mtp = dict(self._unread()) if setup.train.mtp == "load" else {}
         self._hold()
         self._check_ranks()
 
@@ -60,7 +64,21 @@ class NativeTrainer:
         if model is None:
             raise ValueError("no reference is kept, because algo.kl_coef is 0")
         with torch.no_grad():
-            return [self._forward(model, batch)[0] for batch in batches]
+            return [
+                self._forward(model, batch, routed=None if reference else self._replayed(batch))[0]
+                for batch in batches
+            ]
+
+    @torch.no_grad()
+    def with_old(self, batches: Sequence[Batch]) -> list[Batch]:
+        """See `Trainer.with_old`."""
+        found = []
+        for batch in batches:
+            keep = self.experts is not None and self.setup.train.routing_replay == "R2"
+            record = blank(batch, self.experts) if keep and self.experts else None
+            logprobs_L, _ = self._forward(self.policy, batch, routed=self._replayed(batch), record=record)
+            found.append(with_old_pass(batch, logprobs_L, record))
+        return found
 
     def step(self, batches: Sequence[Batch], loss: LossFn) -> StepMetrics:
         """See `Trainer.step`. Raises `NonFiniteError` that names the micro-batch, on every rank."""
@@ -83,16 +101,18 @@ class NativeTrainer:
         lr = learning_rate(self.optimizer.step_count + 1, self.setup.total_steps, config)
         scale = min(1.0, config.max_grad_norm / (norm + NORM_EPS)) if config.max_grad_norm > 0 else 1.0
         self.optimizer.update(self.gradients, lr=lr, grad_scale=scale)
+        self.gradients.release()
         return StepMetrics(values=_metrics(tally, total) | {"grad_norm": norm, "lr": lr})
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Trainer.weights`."""
-        return self.setup.weight_map.export(self.flat.views(self.flat.weights_P))
+        """See `Trainer.weights`; with train.mtp "load" the layers for multi-token prediction come last."""
+        return self._exported(iter(self.mtp.items()))
 
     def save(self, folder: Path) -> None:
         """See `Trainer.save`. Every rank holds the same state: one of them saves."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_state(folder, self.flat, self.optimizer, self.setup.weight_map, self.setup.arch)
+        kept = iter(self.mtp.items()) if self.mtp else self._unread()
+        save_state(folder, self._exported(kept), self.flat, self.optimizer, self.setup.arch)
 
     def load(self, folder: Path) -> None:
         """See `Trainer.load`. Raises `CheckpointError`; the reference stays that of `model_path`."""
@@ -123,6 +143,7 @@ class NativeTrainer:
             "moments_bytes": optimizer.exp_avg_P.nbytes + optimizer.exp_avg_sq_P.nbytes,
             "gradients_bytes": self.gradients.nbytes(),
             "reference_bytes": sum(parameter.nbytes for parameter in reference),
+            "mtp_bytes": sum(tensor.nbytes for tensor in self.mtp.values()),
         }
 
     def close(self) -> None:
@@ -130,14 +151,24 @@ class NativeTrainer:
         self.gradients.release()
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.setup.arch, self.setup.backend, device=self.setup.device, dtype=self.dtype)
+        return Decoder(
+            self.setup.arch, self.setup.backend, device=self.setup.device, dtype=self.dtype,
+            router_dtype=getattr(torch, self.setup.train.router_dtype), consistent=self.setup.consistent,
+        )  # fmt: skip
 
     def _read_model(self, into: Mapping[str, Tensor]) -> None:
         load_checkpoint(Path(self.setup.model_path), self.setup.weight_map, into)
 
+    def _unread(self) -> Iterator[tuple[str, Tensor]]:
+        return read_kept(Path(self.setup.model_path), self.setup.weight_map)
+
+    def _exported(self, kept: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        weight_map, neutral = self.setup.weight_map, self.flat.whole(self.flat.weights_P)
+        return with_kept(weight_map.export(neutral), kept, weight_map, neutral)
+
     def _frozen(self) -> Decoder:
         model = self._decoder().requires_grad_(False)
-        self._read_model(dict(model.named_parameters()))
+        self._read_model({**dict(model.named_parameters()), **dict(model.named_buffers())})
         return model
 
     def _hold(self) -> None:
@@ -156,7 +187,7 @@ class NativeTrainer:
         """Ranks that start apart would drift for ever without a sign."""
         if self.setup.group.size == 1:
             return
-        marks = square_sums([self.flat.weights_P])
+        marks = square_sums([self.flat.weights_P, *self.flat.frozen.values()])
         if not same_everywhere([*marks, float(self.optimizer.step_count)], self.setup.group):
             raise GrpoError(
                 "the ranks do not hold the same weights",
@@ -164,7 +195,13 @@ class NativeTrainer:
                 fix="give every rank the same model and the same checkpoint folder",
             )
 
-    def _forward(self, model: Decoder, batch: Batch, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
+    def _replayed(self, batch: Batch) -> Tensor | None:
+        return replayed(batch, self.setup.train.routing_replay, self.experts)
+
+    def _forward(
+        self, model: Decoder, batch: Batch, *, recompute: bool = False, routed: Tensor | None = None,
+        record: Tensor | None = None, free: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(logprobs_L, entropy_L) of a micro-batch at the rollout's temperature."""
         if batch.labels_L.shape[0] == 0:
             empty_L = torch.zeros(0, device=batch.labels_L.device)
@@ -173,10 +210,11 @@ class NativeTrainer:
         hidden_TC = model(
             batch.tokens_T, batch.positions_T, cu_seqlens=batch.cu_seqlens,
             parents=None if alone else batch.parents_S, max_seqlen=batch.max_seqlen, recompute=recompute,
+            routed_experts_TMk=routed, record_TMk=record, free_TMk=free,
         )  # fmt: skip
         return self.setup.backend.loss.logprob(
             hidden_TC.index_select(0, batch.predict_L), model.head_weight(), batch.labels_L,
-            temperature=self.setup.temperature, group=None,
+            temperature=self.setup.temperature, group=None, main_grad_VC=model.head_main_grad(),
         )  # fmt: skip
 
     def _accumulate(self, batches: Sequence[Batch], loss: LossFn, total: Totals) -> Tally:
@@ -195,15 +233,24 @@ class NativeTrainer:
 
     def _objective(self, batch: Batch, loss: LossFn, total: Totals) -> tuple[Tensor, Tally]:
         """This micro-batch's share of the mini-batch's loss, and its metrics."""
-        logprobs_L, entropy_L = self._forward(self.policy, batch, recompute=self.setup.train.recompute)
+        routed_TMk = self._replayed(batch)
+        recorded = self.experts if batch.routed_experts_TMk is not None else None
+        used_TMk = None if recorded is None else blank(batch, recorded)
+        # What is used says nothing of the router while it is replayed.
+        free_TMk = None if recorded is None or routed_TMk is None else blank(batch, recorded)
+        logprobs_L, entropy_L = self._forward(
+            self.policy, batch, recompute=self.setup.train.recompute, routed=routed_TMk, record=used_TMk,
+            free=free_TMk,
+        )  # fmt: skip
         terms = loss(logprobs_L, entropy_L, batch)
         by_token = self.setup.algo.aggregation == "token_mean"
         objective = (terms.loss_L * terms.weight_L).sum() / (total.tokens if by_token else total.sequences)
         start_L = logprobs_L if batch.old_logprobs_L is None else batch.old_logprobs_L
         # One transfer for all: on a device each would wait for the queue.
-        values = [objective.detach(), *terms.sums.values(), *terms.maxima.values()]
+        counts = terms.sums if used_TMk is None else {**terms.sums, **changed(batch, used_TMk, free_TMk)}
+        values = [objective.detach(), *counts.values(), *terms.maxima.values()]
         floats = torch.stack([value.float() for value in values]).tolist()
-        sums = dict(zip(terms.sums, floats[1:], strict=False))
+        sums = dict(zip(counts, floats[1:], strict=False))
         maxima = dict(zip(terms.maxima, floats[1 + len(sums) :], strict=True))
         gap_L = rollout_gap(start_L, batch.rollout_logprobs_L).cpu()
         return objective, Tally(loss=floats[0], sums=sums, maxima=maxima, gaps=[gap_L])
@@ -261,7 +308,7 @@ def _metrics(tally: Tally, total: Totals) -> dict[str, float]:
     means = {name: value / total.tokens for name, value in tally.sums.items()}
     return {
         "loss": tally.loss,
-        **means,
+        **share_changed(means),
         **tally.maxima,
         **gap_metrics(tally.gaps),
         "tokens": float(total.tokens),

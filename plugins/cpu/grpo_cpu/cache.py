@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_core.ops.attention import CacheSpec, LayerCache
+from grpo_core.ops.attention import CacheSpec
+from grpo_core.ops.reference.slots import SlotCache
 from grpo_core.ops.reference.tokens import TokenTable
 
 
@@ -153,8 +154,11 @@ class SharedLayer:
 
     def __init__(self, table: SharedTable) -> None:
         self.table = table
-        self.k_RD = torch.empty(0)
-        self.v_RE = torch.empty(0)
+        self.hold([torch.empty(0), torch.empty(0)])
+
+    def hold(self, pools: Sequence[Tensor]) -> None:
+        """Use these pools for the keys and the values."""
+        self.k_RD, self.v_RE = pools
 
     def write(self, k_TKD: Tensor, v_TKE: Tensor, *, slots_T: Tensor, positions_T: Tensor) -> None:
         """See `LayerCache.write`. Raises IndexError for a position that its slot has no room for."""
@@ -163,49 +167,11 @@ class SharedLayer:
         self.v_RE[rows] = v_TKE.transpose(0, 1).reshape(-1, v_TKE.shape[2]).to(self.v_RE.dtype)
 
 
-class SharedCache:
+class SharedCache(SlotCache[SharedTable, SharedLayer]):
     """See `grpo_core.ops.attention.KVCache`."""
 
-    layers: Sequence[LayerCache]
-
     def __init__(self, spec: CacheSpec) -> None:
-        self.spec = spec
-        self.table = SharedTable(spec.max_slots, spec.max_tokens, spec.device, spec.num_key_value_heads)
-        self._layers = [SharedLayer(self.table) for _ in range(spec.num_layers)]
-        self.layers = self._layers
-        self.restore()
-
-    def allocate(self, length: int) -> int | None:
-        """See `KVCache.allocate`."""
-        return self.table.open(length, parent=None, prefix=0)
-
-    def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
-        """See `KVCache.fork`."""
-        return self.table.open(length, parent=slot, prefix=prefix)
-
-    def free(self, slot: int) -> None:
-        """See `KVCache.free`. Raises ValueError for a slot that is not alive."""
-        self.table.free(slot)
-
-    def reset(self) -> None:
-        """See `KVCache.reset`."""
-        self.table.reset()
-
-    def nbytes(self) -> int:
-        """Bytes of keys and values held."""
-        return sum(layer.k_RD.nbytes + layer.v_RE.nbytes for layer in self._layers)
-
-    def release(self) -> None:
-        """See `KVCache.release`. Raises RuntimeError while a slot is alive."""
-        if self.table.alive:
-            raise RuntimeError(f"{self.table.alive} slots are alive: free them before releasing the cache")
-        for layer in self._layers:
-            layer.k_RD, layer.v_RE = torch.empty(0), torch.empty(0)
-
-    def restore(self) -> None:
-        """See `KVCache.restore`."""
-        spec = self.spec
+        table = SharedTable(spec.max_slots, spec.max_tokens, spec.device, spec.num_key_value_heads)
         rows = spec.max_tokens * spec.num_key_value_heads
-        for layer in self._layers:
-            layer.k_RD = torch.zeros(rows, spec.head_dim, dtype=spec.dtype, device=spec.device)
-            layer.v_RE = torch.zeros(rows, spec.v_head_dim, dtype=spec.dtype, device=spec.device)
+        layers = [SharedLayer(table) for _ in range(spec.num_layers)]
+        super().__init__(spec, table, layers, ((rows, spec.head_dim), (rows, spec.v_head_dim)))

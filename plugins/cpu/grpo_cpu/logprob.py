@@ -24,8 +24,9 @@ PIECE = 1 << 19
 
 
 def logprob(
-    hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, *, temperature: float, group: Any
-) -> tuple[Tensor, Tensor]:
+    hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, *, temperature: float, group: Any,
+    main_grad_VC: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `grpo_core.ops.fused.LogProb`. Raises ValueError for a temperature that is not above 0,
     IndexError for a label outside of the vocabulary, PlanError for a group of several ranks."""
     if not temperature > 0:
@@ -39,7 +40,7 @@ def logprob(
     V = lm_head_VC.shape[0]
     if bool(((labels_T < 0) | (labels_T >= V)).any()):
         raise IndexError(f"a label lies outside of the vocabulary of {V}")
-    logprob_T, entropy_T = _LogProb.apply(hidden_TC, lm_head_VC, labels_T.long(), temperature)
+    logprob_T, entropy_T = _LogProb.apply(hidden_TC, lm_head_VC, labels_T.long(), temperature, main_grad_VC)
     return logprob_T, entropy_T
 
 
@@ -55,8 +56,9 @@ def _chunks(hidden_TC: Tensor, lm_head_VC: Tensor) -> Iterator[tuple[slice, Tens
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, temperature: float,
+        main_grad_VC: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         T, V = hidden_TC.shape[0], lm_head_VC.shape[0]
         acc = torch.promote_types(hidden_TC.dtype, torch.float32)
         logprob_T, entropy_T, lse_T = (hidden_TC.new_empty(T, dtype=acc) for _ in range(3))
@@ -74,15 +76,16 @@ class _LogProb(torch.autograd.Function):
                 entropy_T[at] = log_t - p_tV.mul_(z_tV).sum(-1) / total_t
                 lse_T[at] = log_t + top_t1[:, 0]
         ctx.save_for_backward(hidden_TC, lm_head_VC, labels_T, lse_T, entropy_T)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.main_grad_VC = temperature, main_grad_VC
         ctx.set_materialize_grads(False)
         return logprob_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TC, lm_head_VC, labels_T, lse_T, entropy_T = ctx.saved_tensors
         g_hidden_TC = torch.empty_like(hidden_TC)
-        g_head_VC = torch.zeros_like(lm_head_VC, dtype=lse_T.dtype)
+        given = ctx.main_grad_VC is not None
+        g_head_VC = ctx.main_grad_VC if given else torch.zeros_like(lm_head_VC, dtype=lse_T.dtype)
         for chunk, logits_tV in _chunks(hidden_TC, lm_head_VC):
             for piece in pieces(logits_tV.shape[0], lm_head_VC.shape[0], PIECE):
                 at = slice(chunk.start + piece.start, chunk.start + piece.stop)
@@ -92,7 +95,7 @@ class _LogProb(torch.autograd.Function):
                 )
             torch.mm(logits_tV, lm_head_VC, out=g_hidden_TC[chunk])
             g_head_VC += logits_tV.T @ hidden_TC[chunk]
-        return g_hidden_TC, g_head_VC.to(lm_head_VC.dtype), None, None
+        return g_hidden_TC, None if given else g_head_VC.to(lm_head_VC.dtype), None, None, None
 
 
 def _logit_grads(

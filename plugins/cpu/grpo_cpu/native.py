@@ -24,6 +24,8 @@ from typing import Any
 
 from grpo_core.errors import PluginError
 
+from . import malloc
+
 SOURCES = Path(__file__).parent / "csrc"
 CACHE = Path(".cache") / "grpo-core" / "native"
 """Below the home directory."""
@@ -75,6 +77,7 @@ def load() -> Any:
             why=str(error).splitlines()[0],
             fix=f"delete {library.parent} so that it is built again, or pin the reference ops",
         ) from error
+    malloc.on_release(torch.ops.grpo_cpu.release_room)
     return torch.ops.grpo_cpu
 
 

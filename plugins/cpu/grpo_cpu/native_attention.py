@@ -1,4 +1,4 @@
-"""attention.varlen and attention.shared_prefix of the C++ pack, in bfloat16, forward and backward."""
+"""attention.varlen and attention.shared_prefix of the C++ pack, bfloat16 or float32, forward and backward."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class _Segments(torch.autograd.Function):
         window: int,
     ) -> Tensor:
         o, lse = _ops.segments(q, k, v, ends, parents, scale, causal, window, True)
-        ctx.save_for_backward(q, k, v, o, lse, ends, parents)
+        # Rotary made q and k anew; v alone would keep the whole projection of all three.
+        ctx.save_for_backward(q, k, v.contiguous(), o, lse, ends, parents)
         ctx.rest = (scale, causal, window)
         return o
 

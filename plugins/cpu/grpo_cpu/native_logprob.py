@@ -1,7 +1,8 @@
-"""loss.logprob of the C++ pack: bfloat16 products by torch, one fused pass over each chunk of logits.
+"""loss.logprob of the C++ pack: one fused pass over each chunk of logits.
 
 The logits are rounded to bfloat16, as the rollout's are: the two agree better than either does with float32.
-The backward pass computes each chunk's logits again and turns them into their own gradient in place.
+The backward pass turns each chunk's logits into their own gradient in place. The logits of a single chunk are
+kept for that; those of several are computed again.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ _ops = load()
 
 
 def logprob(
-    hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, *, temperature: float, group: Any
-) -> tuple[Tensor, Tensor]:
+    hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, *, temperature: float, group: Any,
+    main_grad_VC: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """loss.logprob. A vocabulary that is split over a group goes to the reference.
 
     Raises ValueError for a temperature that is not positive, IndexError for a label that the vocabulary
     does not hold.
     """
     if group is not None:
-        return reference(hidden_TC, lm_head_VC, labels_T, temperature=temperature, group=group)
+        return reference(
+            hidden_TC, lm_head_VC, labels_T, temperature=temperature, group=group, main_grad_VC=main_grad_VC
+        )
     if not temperature > 0:
         raise ValueError(f"log-probs need a temperature above 0, not {temperature}")
     if hidden_TC.dtype != torch.bfloat16 or lm_head_VC.dtype != torch.bfloat16:
         raise TypeError(
             f"wanted bfloat16 hidden states and head, not {hidden_TC.dtype} and {lm_head_VC.dtype}"
         )
-    result: tuple[Tensor, Tensor] = _LogProb.apply(hidden_TC, lm_head_VC, labels_T, temperature)
+    result: tuple[Tensor, Tensor] = _LogProb.apply(hidden_TC, lm_head_VC, labels_T, temperature, main_grad_VC)
     return result
 
 
@@ -51,57 +55,73 @@ def _chunks(tokens: int, vocab: int) -> list[slice]:
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, temperature: float,
+        main_grad_VC: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         T, V = hidden_TC.shape[0], lm_head_VC.shape[0]
         labels_T = labels_T.long().contiguous()
         logprob_T, entropy_T, lse_T = (torch.empty(T) for _ in range(3))
         parts = _chunks(T, V)
-        room = hidden_TC.new_empty(parts[0].stop if parts else 0, V)
+        room = _ops.empty_rows(hidden_TC, parts[0].stop if parts else 0, V)
         for part in parts:
-            logits_tV = torch.mm(hidden_TC[part], lm_head_VC.T, out=room[: part.stop - part.start])
+            logits_tV = room[: part.stop - part.start]
+            _ops.linear_out(hidden_TC[part], lm_head_VC, logits_tV)
             _ops.logprob_rows(
                 logits_tV, labels_T[part], temperature, logprob_T[part], entropy_T[part], lse_T[part]
             )
         ctx.save_for_backward(hidden_TC, lm_head_VC, labels_T, entropy_T, lse_T)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.main_grad_VC = temperature, main_grad_VC
+        ctx.logits_TV = room if len(parts) == 1 and any(ctx.needs_input_grad) else None
         return logprob_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_TC, lm_head_VC, labels_T, entropy_T, lse_T = ctx.saved_tensors
         g_logprob_T, g_entropy_T = grads
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        T, V = hidden_TC.shape[0], lm_head_VC.shape[0]
-        parts = _chunks(T, V)
-        room = hidden_TC.new_empty(parts[0].stop if parts else 0, V)
-        g_hidden_TC = (
-            torch.empty_like(hidden_TC, memory_format=torch.contiguous_format) if wants_hidden else None
-        )
-        # One chunk's product is the gradient; several are added up in float32: bfloat16 would lose them.
-        total_VC = torch.zeros(lm_head_VC.shape) if wants_head and len(parts) > 1 else None
-        g_head_VC = (
-            torch.empty_like(lm_head_VC, memory_format=torch.contiguous_format) if wants_head else None
-        )
-        if g_head_VC is not None and not parts:
-            g_head_VC.zero_()
+        parts = _chunks(hidden_TC.shape[0], lm_head_VC.shape[0])
+        like = torch.contiguous_format
+        g_hidden_TC = torch.empty_like(hidden_TC, memory_format=like) if wants_hidden else None
+        head = _HeadGrad(lm_head_VC, ctx.main_grad_VC, len(parts)) if wants_head else None
+        made_TV, ctx.logits_TV = ctx.logits_TV, None
+        room = made_TV
         for part in parts:
-            g_logits_tV = torch.mm(hidden_TC[part], lm_head_VC.T, out=room[: part.stop - part.start])
+            if made_TV is None:
+                if room is None:
+                    room = _ops.empty_rows(hidden_TC, parts[0].stop, lm_head_VC.shape[0])
+                _ops.linear_out(hidden_TC[part], lm_head_VC, room[: part.stop - part.start])
+            g_logits_tV = room[: part.stop - part.start]
             _ops.logprob_rows_backward(
-                g_logits_tV,
-                labels_T[part],
-                ctx.temperature,
-                g_logprob_T[part],
-                g_entropy_T[part],
-                entropy_T[part],
-                lse_T[part],
-            )
+                g_logits_tV, labels_T[part], ctx.temperature, g_logprob_T[part], g_entropy_T[part],
+                entropy_T[part], lse_T[part],
+            )  # fmt: skip
             if g_hidden_TC is not None:
                 torch.mm(g_logits_tV, lm_head_VC, out=g_hidden_TC[part])
-            if g_head_VC is not None:
-                torch.mm(g_logits_tV.T, hidden_TC[part], out=g_head_VC)
-                if total_VC is not None:
-                    _ops.accumulate(total_VC, g_head_VC)
-        if total_VC is not None and g_head_VC is not None:
-            g_head_VC.copy_(total_VC)
-        return g_hidden_TC, g_head_VC, None, None
+            if head is not None:
+                head.add(g_logits_tV, hidden_TC[part])
+        return g_hidden_TC, None if head is None else head.result(), None, None, None
+
+
+class _HeadGrad:
+    """The sum of the head's gradient over chunks, in float32: bfloat16 would lose them."""
+
+    def __init__(self, lm_head_VC: Tensor, main_grad_VC: Tensor | None, chunks: int) -> None:
+        self.like_VC, self.main_grad_VC = lm_head_VC, main_grad_VC
+        self.alone_VC: Tensor | None = None
+        """One chunk's product is the gradient."""
+        self.total_VC = main_grad_VC
+        if main_grad_VC is None and chunks != 1:
+            self.total_VC = torch.zeros(lm_head_VC.shape)
+
+    def add(self, g_logits_tV: Tensor, hidden_tC: Tensor) -> None:
+        """Add one chunk's share."""
+        if self.total_VC is None:
+            self.alone_VC = torch.mm(g_logits_tV.T, hidden_tC)
+        else:
+            _ops.add_weight_grad(g_logits_tV, hidden_tC, self.total_VC)
+
+    def result(self) -> Tensor | None:
+        """What autograd gets."""
+        if self.main_grad_VC is not None:
+            return None
+        return self.alone_VC if self.total_VC is None else self.total_VC.to(self.like_VC.dtype)

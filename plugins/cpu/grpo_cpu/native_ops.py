@@ -1,4 +1,4 @@
-"""norm.rms, rope.apply, mlp.swiglu, sample.token and optim.adamw of the C++ pack, in bfloat16."""
+"""norm.rms, rope.apply, mlp.swiglu, sample.token and optim.adamw of the C++ pack, bfloat16 or float32."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from .native import load
+from .remake import forget, kept
 
 _ops = load()
 
 
-def _tracked(*tensors: Tensor | None) -> bool:
+def tracked(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows any of the tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def rms_norm(x: Tensor, w: Tensor, *, eps: float, residual: Tensor | None, zero_centered: bool) -> Any:
     """norm.rms."""
-    if _tracked(x, w, residual):
+    if tracked(x, w, residual):
         return _RmsNorm.apply(x, w, residual, eps, zero_centered)
     y, total, _ = _ops.rms_norm(x, w, residual, eps, zero_centered, False)
     return y if residual is None else (y, total)
@@ -32,7 +34,8 @@ class _RmsNorm(torch.autograd.Function):
     ) -> Any:
         y, total, inverse = _ops.rms_norm(x, w, residual, eps, zero_centered, True)
         ctx.set_materialize_grads(False)
-        ctx.zero_centered, ctx.has_residual = zero_centered, residual is not None
+        ctx.eps, ctx.zero_centered, ctx.has_residual = eps, zero_centered, residual is not None
+        ctx.make_again = _RmsNorm.again
         if residual is None:
             ctx.save_for_backward(x.contiguous(), w, inverse)
             return y
@@ -40,10 +43,17 @@ class _RmsNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
+    def again(ctx: Any) -> Tensor:
+        total, w, _ = kept(ctx)
+        y: Tensor = _ops.rms_norm(total.detach(), w.detach(), None, ctx.eps, ctx.zero_centered, False)[0]
+        return y
+
+    @staticmethod
     def backward(
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        total, w, inverse = ctx.saved_tensors
+        total, w, inverse = kept(ctx)
+        forget(ctx)
         dy, dtotal = grads[0], grads[1] if ctx.has_residual else None
         if dy is None:
             return dtotal, None, dtotal, None, None
@@ -55,7 +65,7 @@ def rope_apply(
     q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """rope.apply."""
-    if _tracked(q_THD, k_TKD):
+    if tracked(q_THD, k_TKD):
         return _Rope.apply(q_THD, cos_TR, sin_TR, interleaved), _Rope.apply(
             k_TKD, cos_TR, sin_TR, interleaved
         )
@@ -80,18 +90,26 @@ class _Rope(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """mlp.swiglu."""
-    return _SwiGLU.apply(gate_up) if _tracked(gate_up) else _ops.swiglu(gate_up)
+    return _SwiGLU.apply(gate_up) if tracked(gate_up) else _ops.swiglu(gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        ctx.make_again = _SwiGLU.again
         return _ops.swiglu(gate_up)
 
     @staticmethod
+    def again(ctx: Any) -> Tensor:
+        y: Tensor = _ops.swiglu(kept(ctx)[0].detach())
+        return y
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _ops.swiglu_backward(ctx.saved_tensors[0], grads[0])
+        (gate_up,) = kept(ctx)
+        forget(ctx)
+        return _ops.swiglu_backward(gate_up, grads[0])
 
 
 def sample_token(

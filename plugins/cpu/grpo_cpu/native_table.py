@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,8 @@ class SlotTable:
         self.num_blocks = -(-max_tokens // BLOCK) + max_slots
         self.width = 0
         self.rows = torch.zeros(max_slots, 2 * self.width + HEADER + 1, dtype=torch.int32)
+        self._cells = self.rows.numpy()
+        """The same memory: a short list is written ten times as fast as through a tensor."""
         self._slots: dict[int, _Slot] = {}
         self._free_slots: list[int] = []
         self._free_blocks: list[int] = []
@@ -71,7 +74,7 @@ class SlotTable:
                 raise ValueError(
                     f"slot {parent} holds {source.starts[-1]} tokens, fewer than prefix {prefix}"
                 )
-            shared = sum(start < prefix for start in source.starts[:-1])
+            shared = bisect_left(source.starts, prefix, 0, len(source.starts) - 1)
             blocks, starts = source.blocks[:shared], [*source.starts[:shared], prefix]
         if not self._free_slots or self._tokens + length > self.max_tokens:
             return None
@@ -96,7 +99,7 @@ class SlotTable:
             self._free_blocks.extend(reversed(gone.blocks[gone.shared :]))
             self._free_slots.append(at)
             self._tokens -= gone.own
-            self.rows[at].zero_()
+            self._cells[at] = 0
             at = gone.parent
             if at is not None:
                 self._slots[at].children -= 1
@@ -112,7 +115,7 @@ class SlotTable:
         if len(slot.blocks) > self.width:
             self._widen(max(len(slot.blocks), 2 * self.width))
         else:
-            self.rows[number] = torch.tensor(self._row(number), dtype=torch.int32)
+            self._cells[number] = self._row(number)
 
     def _row(self, number: int) -> list[int]:
         slot = self._slots[number]
@@ -123,5 +126,6 @@ class SlotTable:
     def _widen(self, width: int) -> None:
         self.width = width
         self.rows = torch.zeros(self.max_slots, 2 * width + HEADER + 1, dtype=torch.int32)
+        self._cells = self.rows.numpy()
         for number in self._slots:
-            self.rows[number] = torch.tensor(self._row(number), dtype=torch.int32)
+            self._cells[number] = self._row(number)

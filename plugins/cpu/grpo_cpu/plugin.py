@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from grpo_core.hookspecs import hookimpl
 from grpo_core.impl import Impl
 
-from . import native_offers, torch_offers
+from . import consistent_offers, native_offers, torch_offers
 
 if TYPE_CHECKING:
     from grpo_core.devices.base import Device
 
-SOURCES = (torch_offers, native_offers)
+SOURCES = (torch_offers, native_offers, consistent_offers)
 """Modules with an `offers()` that yields pairs of a hook's name and an offer."""
 
 
@@ -30,6 +30,16 @@ def grpo_devices() -> Iterable[Device]:
 @hookimpl
 def grpo_attention() -> Iterable[Impl]:
     return _for("attention")
+
+
+@hookimpl
+def grpo_linear_attention() -> Iterable[Impl]:
+    return _for("linear_attention")
+
+
+@hookimpl
+def grpo_fused_moe() -> Iterable[Impl]:
+    return _for("fused_moe")
 
 
 @hookimpl

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo_core.model.hf_config import size
+from grpo_core.model.plugin import ChatSpec
 
-from .dense import RECIPE, dense_arch, divided_head_dim
+from .dense import dense_arch, divided_head_dim
+from .recipes import dense_recipe
 
 if TYPE_CHECKING:
+    from grpo_core.impl import DeviceInfo
     from grpo_core.model.arch import Arch
+    from grpo_core.model.plugin import Advice
     from grpo_core.model.weights import WeightMap
 
 
@@ -30,12 +34,12 @@ class Llama:
         )  # fmt: skip
 
     def weights(self, arch: Arch) -> WeightMap:
-        from grpo_core.model.weights import dense_weight_map
+        from grpo_core.model.weight_rules import decoder_weight_map
 
-        return dense_weight_map(arch)
+        return decoder_weight_map(arch)
 
-    def stop_tokens(self) -> tuple[str, ...]:
-        return ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
+    def chat(self) -> ChatSpec:
+        return ChatSpec(stop_tokens=("<|eot_id|>", "<|eom_id|>", "<|im_end|>"))
 
-    def recipe(self, device: str, world: int) -> Mapping[str, Any]:
-        return RECIPE
+    def recipe(self, arch: Arch, device: DeviceInfo, world: int) -> Mapping[str, Advice]:
+        return dense_recipe()

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo_core.model.hf_config import layer_windows, size
+from grpo_core.model.plugin import ChatSpec
 
-from .dense import RECIPE, dense_arch
+from .dense import dense_arch
+from .recipes import dense_recipe
 
 if TYPE_CHECKING:
+    from grpo_core.impl import DeviceInfo
     from grpo_core.model.arch import Arch
+    from grpo_core.model.plugin import Advice
     from grpo_core.model.weights import WeightMap
 
 
@@ -29,12 +33,12 @@ class Qwen3:
         )  # fmt: skip
 
     def weights(self, arch: Arch) -> WeightMap:
-        from grpo_core.model.weights import dense_weight_map
+        from grpo_core.model.weight_rules import decoder_weight_map
 
-        return dense_weight_map(arch)
+        return decoder_weight_map(arch)
 
-    def stop_tokens(self) -> tuple[str, ...]:
-        return ("<|im_end|>", "<|endoftext|>")
+    def chat(self) -> ChatSpec:
+        return ChatSpec(stop_tokens=("<|im_end|>", "<|endoftext|>"), thinking="enable_thinking")
 
-    def recipe(self, device: str, world: int) -> Mapping[str, Any]:
-        return RECIPE
+    def recipe(self, arch: Arch, device: DeviceInfo, world: int) -> Mapping[str, Advice]:
+        return dense_recipe()

@@ -43,7 +43,7 @@ def test_the_table_names_every_op_and_who_serves_it(recipe: Path, capsys: pytest
     out = show(capsys, recipe)
     rows = {line.split()[0]: line.split() for line in out.splitlines() if "." in line.split("  ")[0][:20]}
     assert rows["engine.train"][1] == "core:native" and rows["loss.logprob"][1].count(":") == 1
-    assert "qwen2, 2 layers" in out and "train float32, rollout float32" in out and "0 fallback(s)" in out
+    assert "qwen2_5, 2 layers" in out and "train float32, rollout float32" in out and "0 fallback(s)" in out
 
 
 def test_planning_imports_no_torch(recipe: Path) -> None:
@@ -93,11 +93,11 @@ def test_against_shows_what_differs(recipe: Path, tmp_path: Path, capsys: pytest
 def test_config_shows_each_setting_with_its_source(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = show(capsys, recipe, "--json", "--config", "train.lr=1e-3", "ops.norm.rms=core:reference")
     rows = json.loads(text)["config"]
-    assert rows["train.lr"] == {"value": 1e-3, "source": "override"}
+    assert rows["train.lr"] == {"value": 1e-3, "source": "command line"}
     assert rows["train.dtype"] == {"value": "float32", "source": "run.yaml:8"}
     assert rows["train.steps"]["source"] == "default"
     assert rows["rewards.0.name"]["value"] == "exact"
-    assert rows["ops.norm.rms"] == {"value": "core:reference", "source": "override"}
+    assert rows["ops.norm.rms"] == {"value": "core:reference", "source": "command line"}
     table = show(capsys, recipe, "--config")
     assert any(line.split() == ["train.dtype", '"float32"', "run.yaml:8"] for line in table.splitlines())
 

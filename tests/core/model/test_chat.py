@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from grpo_core.errors import CheckpointError, DataError
+from grpo_core.errors import CheckpointError, ConfigError, DataError
 from grpo_core.model.chat import Chat
+from grpo_core.model.plugin import ChatSpec
 from grpo_core.rollout.stop import StopText
 
 TEMPLATE = (
@@ -58,7 +60,7 @@ def write_tokenizer(folder: Path, *, template: str | None = TEMPLATE, bos: bool 
 @pytest.fixture
 def chat(tmp_path: Path) -> Chat:
     write_tokenizer(tmp_path)
-    return Chat.from_folder(tmp_path, ("<|im_end|>", "<|never_heard_of|>"))
+    return Chat.from_folder(tmp_path, ChatSpec(stop_tokens=("<|im_end|>", "<|never_heard_of|>")))
 
 
 def test_messages_become_the_ids_of_apply_chat_template(chat: Chat) -> None:
@@ -93,10 +95,11 @@ def test_decode_is_text_without_special_tokens(chat: Chat) -> None:
 def test_stop_ids_come_from_family_tokenizer_and_configs(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     assert Chat.from_folder(tmp_path).stop_token_ids == (1,)
-    assert Chat.from_folder(tmp_path, ("<|im_end|>", "<|never_heard_of|>")).stop_token_ids == (1, 3)
+    spec = ChatSpec(stop_tokens=("<|im_end|>", "<|never_heard_of|>"))
+    assert Chat.from_folder(tmp_path, spec).stop_token_ids == (1, 3)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1]}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9, "model_type": "llama"}))
-    chat = Chat.from_folder(tmp_path, ("<|im_end|>",))
+    chat = Chat.from_folder(tmp_path, ChatSpec(stop_tokens=("<|im_end|>",)))
     assert chat.stop_token_ids == (1, 3, 7, 9)
     assert chat.eos_token_id == 1
 
@@ -104,7 +107,7 @@ def test_stop_ids_come_from_family_tokenizer_and_configs(tmp_path: Path) -> None
 def test_an_ordinary_word_of_the_vocabulary_is_no_stop_token(tmp_path: Path) -> None:
     fast = write_tokenizer(tmp_path)
     assert "hello" in fast.get_vocab()
-    assert Chat.from_folder(tmp_path, ("hello",)).stop_token_ids == (1,)
+    assert Chat.from_folder(tmp_path, ChatSpec(stop_tokens=("hello",))).stop_token_ids == (1,)
 
 
 def test_model_without_chat_template_takes_text_only(tmp_path: Path) -> None:
@@ -150,3 +153,55 @@ def test_incremental_text_equals_the_whole(chat: Chat) -> None:
     watch = StopText(chat.decode, ("never",))
     assert not any(watch.push(token, check=True) for token in ids)
     assert watch.text == text
+
+
+def test_thinking_is_switched_by_the_variable_of_the_template(tmp_path: Path) -> None:
+    switch = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}"
+    write_tokenizer(tmp_path, template=TEMPLATE + switch)
+    spec = ChatSpec(stop_tokens=("<|im_end|>",), thinking="enable_thinking")
+    texts = {}
+    for thinking in ("auto", "on", "off"):
+        chat = Chat.from_folder(tmp_path, spec, thinking=thinking)
+        texts[thinking] = chat.tokenizer.decode(chat.encode(MESSAGES))
+    assert texts["auto"] == texts["on"] and texts["off"] == texts["on"] + "<think></think>"
+
+
+@pytest.mark.parametrize("spec", [ChatSpec(), ChatSpec(thinking="enable_thinking")])
+def test_thinking_without_a_switch_in_the_template_is_refused(spec: ChatSpec, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.thinking 'off' has no effect"):
+        Chat.from_folder(tmp_path, spec, thinking="off")
+
+
+def test_decode_is_that_of_transformers(chat: Chat) -> None:
+    draw = random.Random(0)
+    size = len(chat.tokenizer)
+    for _ in range(200):
+        ids = [draw.randrange(size) for _ in range(draw.randrange(12))]
+        assert chat.decode(ids) == chat.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    class Loud(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _decode(self, *args: Any, **kwargs: Any) -> str:
+            return str(super()._decode(*args, **kwargs)).upper()
+
+    write_tokenizer(tmp_path)
+    chat = Chat(Loud.from_pretrained(tmp_path), stop_token_ids=(1,), name="loud")
+    assert chat.decode(chat.encode("hello")) == "HELLO"
+
+
+def test_a_plain_tokenizer_equals_the_one_that_auto_tokenizer_finds(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, bos=True)
+    mine = Chat.from_folder(tmp_path, ChatSpec(stop_tokens=("<|im_end|>",))).tokenizer
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(mine) is type(theirs) and mine.chat_template == theirs.chat_template
+    assert mine.all_special_tokens == theirs.all_special_tokens
+    for text in TEXTS:
+        assert mine(text)["input_ids"] == theirs(text)["input_ids"]

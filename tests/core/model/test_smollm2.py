@@ -34,7 +34,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="session")
 def chat(folder: Path) -> Chat:
-    return Chat.from_folder(folder, FAMILIES["llama"]().stop_tokens())
+    return Chat.from_folder(folder, FAMILIES["llama"]().chat())
 
 
 @pytest.fixture(scope="session")

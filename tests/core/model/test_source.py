@@ -59,6 +59,9 @@ def test_hub_id_is_downloaded_with_its_revision(tmp_path: Path, monkeypatch: pyt
     assert resolve_model("Qwen/Qwen3-0.6B") == tmp_path
     assert resolve_model("gpt2@v1.0") == tmp_path
     assert asked == [("Qwen/Qwen3-0.6B", None, True, False), ("gpt2", "v1.0", True, False)]
+    # A plan needs no weights: 671 billion parameters are not downloaded to look at it.
+    assert resolve_model("Qwen/Qwen3-0.6B", weights=False) == tmp_path
+    assert asked[2:] == [("Qwen/Qwen3-0.6B", None, False, False)]
 
 
 def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:

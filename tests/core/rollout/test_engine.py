@@ -19,32 +19,13 @@ FAMILIES = ["llama", "llama-tied", "qwen2-bias", "qwen3-qk-norm", "qwen2-window"
 FP32 = 1e-4
 
 
-def greedy_of(model: Any, token_ids: tuple[int, ...], new: int) -> list[int]:
-    """transformers' own greedy continuation, without its stopping."""
-    ids = torch.tensor([token_ids])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
-    )  # fmt: skip
-    return out[0, len(token_ids) :].tolist()
-
-
-def logits_after(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
-    """float64 logits [len(completion), V] that predict each completion token, teacher forced."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + completion])).logits[0].double()
-    return logits[len(prompt) - 1 : -1]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers(family: str, tiny: Any, engine: Any, toolbox: Any) -> None:
     model = tiny(family)
     prompts = toolbox.prompts_of([3, 11, 1, 7], 1)
     found = toolbox.run(engine(model), prompts, temperature=0.0, max_tokens=10)
     for prompt in prompts:
-        expected = greedy_of(model.hf, prompt.token_ids, 10)
-        if toolbox.STOP in expected:
-            expected = expected[: expected.index(toolbox.STOP) + 1]
+        expected = toolbox.greedy_of(model.hf, prompt.token_ids, 10)
         assert list(found[prompt.id, 0].token_ids) == expected
 
 
@@ -64,7 +45,7 @@ def test_logprobs_equal_a_teacher_forced_transformers_pass(
     for prompt in prompts:
         for index in range(3):
             completion = found[prompt.id, index]
-            logits = logits_after(model.hf, prompt.token_ids, completion.token_ids)
+            logits = toolbox.logits_after(model.hf, prompt.token_ids, completion.token_ids)
             at = torch.tensor(completion.token_ids)[:, None]
             expected1 = logits.log_softmax(-1).gather(1, at)[:, 0]
             expected = filtered(logits / temperature, **filters).log_softmax(-1).gather(1, at)[:, 0]
@@ -169,7 +150,7 @@ def test_min_tokens_holds_stop_ids_back_and_reports_the_unmasked_logprob(
     for (place, _), completion in found.items():
         early = torch.tensor(completion.token_ids[:5])
         assert not set(early.tolist()) & {*stops, toolbox.STOP}
-        logits = logits_after(model.hf, prompts[place].token_ids, completion.token_ids)
+        logits = toolbox.logits_after(model.hf, prompts[place].token_ids, completion.token_ids)
         at = torch.tensor(completion.token_ids)[:, None]
         free = logits.log_softmax(-1).gather(1, at)[:, 0]
         logits[:5, [*stops, toolbox.STOP]] = -torch.inf
@@ -232,7 +213,7 @@ def test_a_tied_head_follows_the_embedding(tiny: Any, engine: Any, toolbox: Any)
     made.load_weights(new.tensors(), 2)
     completion = toolbox.run(made, toolbox.prompts_of([5], 1))[0, 0]
     prompt = toolbox.prompts_of([5], 1)[0].token_ids
-    logits = logits_after(new.hf, prompt, completion.token_ids).log_softmax(-1)
+    logits = toolbox.logits_after(new.hf, prompt, completion.token_ids).log_softmax(-1)
     expected = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
     assert torch.allclose(torch.tensor(completion.logprobs_t1).double(), expected, atol=FP32)
 

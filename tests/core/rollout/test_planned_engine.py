@@ -8,42 +8,27 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_core.backend import Backend, bind
-from grpo_core.devices.pick import pick_device
-from grpo_core.needs import RunFacts, needs_of
-from grpo_core.plugins import load
-from grpo_core.resolve import resolve
-
-# Heads of 64 and sizes in multiples of 32, so that fused kernels accept the model; narrow enough to be quick.
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 64, "initializer_range": 0.15,
-}  # fmt: skip
+FAMILIES = [
+    "llama-tied", "qwen2-bias", "qwen3-qk-norm", "qwen2-window", "qwen3_moe", "qwen3_moe-dense-first",
+    "deepseek_v3", "deepseek_v3-q-lora", "qwen3_next", "qwen3_next-recurrent",
+]  # fmt: skip
 
 
-def planned(arch: Any, dtype: str) -> tuple[Backend, dict[str, str]]:
-    """The bound plan and the offer of each op."""
-    catalogue = load(off=())
-    _, info = pick_device("cpu", catalogue)
-    needs = needs_of(arch, RunFacts(train_dtype=dtype, rollout_dtype=dtype))
-    plan = resolve(needs, catalogue, info, pins={}, fallback="none")
-    return bind(plan), {row.op: row.chosen or "" for row in plan.choices}
-
-
-@pytest.fixture(scope="module", params=["llama-tied", "qwen2-bias", "qwen3-qk-norm", "qwen2-window"])
-def model(request: pytest.FixtureRequest, sized_tiny: Any) -> Any:
-    return sized_tiny(request.param, **SIZES)
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, kernel_tiny: Any) -> Any:
+    return kernel_tiny(request.param)
 
 
 def teacher_forced(model: Any, prompt: tuple[int, ...], completion: Any) -> torch.Tensor:
     with torch.no_grad():
-        logits = model.hf(torch.tensor([prompt + completion.token_ids])).logits[0].double()
+        tokens = torch.tensor([prompt + completion.token_ids])
+        logits = model.hf(tokens, use_cache=False).logits[0].double()
     logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
     return logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
 
 
 def test_float32_offers_give_transformers_logprobs(model: Any, engine: Any, toolbox: Any) -> None:
-    backend, _ = planned(model.arch, "float32")
+    backend, _ = toolbox.planned(model.arch, "float32")
     prompts = toolbox.prompts_of([40, 3, 17], 3)
     made = engine(model, backend=backend, max_sequences=4, options={"prefill_tokens": 24})
     for (place, _), completion in toolbox.run(made, prompts).items():
@@ -54,7 +39,7 @@ def test_float32_offers_give_transformers_logprobs(model: Any, engine: Any, tool
 
 def test_bfloat16_offers_stay_as_near_as_the_references(model: Any, engine: Any, toolbox: Any) -> None:
     # Both round to bfloat16 at the same places, so the planned offers may not be much worse.
-    backend, chosen = planned(model.arch, "bfloat16")
+    backend, chosen = toolbox.planned(model.arch, "bfloat16")
     prompts = toolbox.prompts_of([40, 3, 17, 33], 4)
     errors = {}
     for name, used in (("planned", backend), ("reference", None)):
@@ -72,7 +57,7 @@ def test_bfloat16_offers_stay_as_near_as_the_references(model: Any, engine: Any,
 
 
 def test_weights_can_be_updated_through_packed_layers(model: Any, engine: Any, toolbox: Any) -> None:
-    backend, _ = planned(model.arch, "bfloat16")
+    backend, _ = toolbox.planned(model.arch, "bfloat16")
     other = dataclasses.replace(model, hf=model.other)
     prompts = toolbox.prompts_of([9, 5], 2)
     made = engine(model, backend=backend, dtype=torch.bfloat16)

@@ -47,7 +47,7 @@ def rollouts(folder: Path) -> tuple[Any, list[Prompt], Any]:
 
     family = Llama()
     arch = family.arch(read_hf_config(folder))
-    chat = Chat.from_folder(folder, family.stop_tokens())
+    chat = Chat.from_folder(folder, family.chat())
     engine = NativeRollout(
         RolloutSetup(
             arch=arch, weight_map=family.weights(arch), chat=chat, backend=reference_backend(),

@@ -39,6 +39,30 @@ def test_sleep_gives_memory_back_to_the_system() -> None:
     assert held.sum() == 0
 
 
+@needs_glibc
+@pytest.mark.parametrize("free, trims", [(memory.LITTLE - 1, 0), (memory.LITTLE, 1), (None, 1)])
+def test_a_little_free_memory_is_kept(monkeypatch: pytest.MonkeyPatch, free: int | None, trims: int) -> None:
+    """Paging in what a small model frees at every step took a third of the step."""
+    calls: list[int] = []
+    monkeypatch.setattr(malloc, "free_bytes", lambda: free)
+    monkeypatch.setattr(malloc, "trim", lambda: calls.append(1))
+    CpuMemory().empty_cache()
+    assert len(calls) == trims
+
+
+@needs_glibc
+def test_free_bytes_are_those_of_freed_tensors() -> None:
+    malloc.trim()
+    # Small enough to come from the heap.
+    held = [torch.ones(4 * MIB // 4) for _ in range(16)]
+    before = malloc.free_bytes()
+    if before is None:
+        pytest.skip("this glibc has no mallinfo2")
+    held.clear()
+    after = malloc.free_bytes()
+    assert after is not None and 60 * MIB < after - before < 80 * MIB
+
+
 @needs_clear_refs
 def test_the_peak_is_the_kernels_and_can_be_reset() -> None:
     under_test = CpuMemory()
@@ -104,4 +128,4 @@ def test_tuning_is_refused_with_a_reason_off_glibc(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(malloc.platform, "libc_ver", lambda: ("", ""))
     tuning = malloc.tune.__wrapped__()
     assert (tuning.applied, tuning.reason) == (False, "the C library is not glibc")
-    assert malloc.trim() is False
+    assert malloc.trim() is False and malloc.free_bytes() is None

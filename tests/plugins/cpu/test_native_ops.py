@@ -16,17 +16,23 @@ native = importlib.import_module("grpo_cpu.native_ops")
 
 # One rounding to bf16 is 2^-8 relative; two in a row (normed input, then the product) add up to 2^-7.
 ONCE, TWICE = 2**-8 * 1.01, 2**-7
+BF16, F32 = torch.bfloat16, torch.float32
+FLOATS = pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("width", [1, 16, 33, 576, 1000])
 @pytest.mark.parametrize("zero_centered", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_rms_norm_and_its_gradient(width, zero_centered, with_residual):
-    x, r, w = draw(130, width), draw(130, width, seed=1), draw(width, seed=2)
+@FLOATS
+def test_rms_norm_and_its_gradient(width, zero_centered, with_residual, dtype):
+    # A float32 sum of 1000 squares in 16 lanes is off by 2^-19 at most, and as many products of a gradient.
+    once, twice = (ONCE, TWICE) if dtype == BF16 else (2**-18, 2**-18)
+    x, r = draw(130, width, dtype=dtype), draw(130, width, seed=1, dtype=dtype)
+    w = draw(width, seed=2, dtype=dtype)
     ours = [t.clone().requires_grad_() for t in (x, w, r)]
     out = native.rms_norm(
         ours[0], ours[1], eps=1e-5, residual=ours[2] if with_residual else None, zero_centered=zero_centered
@@ -36,9 +42,9 @@ def test_rms_norm_and_its_gradient(width, zero_centered, with_residual):
     w64 = w.double().requires_grad_()
     gain = 1 + w64 if zero_centered else w64
     y64 = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * gain
-    dy, dtotal = draw(130, width, seed=3), draw(130, width, seed=4)
+    dy, dtotal = draw(130, width, seed=3, dtype=dtype), draw(130, width, seed=4, dtype=dtype)
     y = out[0] if with_residual else out
-    torch.testing.assert_close(y.double(), y64, rtol=TWICE, atol=1e-6)
+    torch.testing.assert_close(y.double(), y64, rtol=twice, atol=1e-6)
     if with_residual:
         assert torch.equal(out[1], x + r)
         torch.autograd.backward([y, out[1]], [dy, dtotal])
@@ -47,9 +53,14 @@ def test_rms_norm_and_its_gradient(width, zero_centered, with_residual):
     else:
         y.backward(dy)
         y64.backward(dy.double())
-    torch.testing.assert_close(ours[0].grad.double(), total.grad, rtol=ONCE, atol=2e-6)
-    # dw sums 130 products with the bf16-rounded input: 2^-8 sqrt(130) of a product of at most 4.
-    torch.testing.assert_close(ours[1].grad.double(), w64.grad, rtol=ONCE, atol=2**-8 * 130**0.5 * 4)
+    # Its two terms, each up to |dy w| / rms, may cancel.
+    terms = (dy.double() * gain.detach()).abs() * torch.rsqrt(total.detach().square().mean(-1, True) + 1e-5)
+    error = (ours[0].grad.double() - total.grad).abs()
+    assert (error <= once * total.grad.abs() + 2**-21 * terms + 2e-6).all()
+    # dw sums 130 products with the rounded input: 2^-8 (2^-20 with sums in float32) sqrt(130) of a product of
+    # at most 4.
+    slack = (2**-8 if dtype == BF16 else 2**-20) * 130**0.5 * 4
+    torch.testing.assert_close(ours[1].grad.double(), w64.grad, rtol=once, atol=slack)
     assert torch.equal(ours[0], x) and torch.equal(ours[2], r)
 
 
@@ -85,21 +96,24 @@ def test_norm_weight_gradient_does_not_depend_on_threads():
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (7, 34), (2, 3, 96), (65, 3072), (0, 8)])
-def test_swiglu_and_its_gradient(shape):
-    x = (draw(*shape).float() * 3).bfloat16().requires_grad_()
+@FLOATS
+def test_swiglu_and_its_gradient(shape, dtype):
+    once = ONCE if dtype == BF16 else 2**-20
+    x = (draw(*shape).float() * 3).to(dtype).requires_grad_()
     y = native.swiglu(x)
     x64 = x.detach().double().requires_grad_()
     gate, up = x64.chunk(2, -1)
     y64 = gate * torch.sigmoid(gate) * up
-    dy = draw(*y.shape, seed=1)
+    dy = draw(*y.shape, seed=1, dtype=dtype)
     y.backward(dy)
     y64.backward(dy.double())
-    torch.testing.assert_close(y.double(), y64, rtol=ONCE, atol=1e-6)
-    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=ONCE, atol=1e-6)
+    torch.testing.assert_close(y.double(), y64, rtol=once, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=once, atol=1e-6)
 
 
-def test_swiglu_at_the_ends_of_the_range():
-    gate = torch.tensor([-1e30, -200.0, -100.0, -90.0, 0.0, 90.0, 200.0, 1e30, float("nan")]).bfloat16()
+@FLOATS
+def test_swiglu_at_the_ends_of_the_range(dtype):
+    gate = torch.tensor([-1e30, -200.0, -100.0, -90.0, 0.0, 90.0, 200.0, 1e30, float("nan")]).to(dtype)
     y = native.swiglu(torch.cat([gate, torch.ones_like(gate)]))
     want = torch.nn.functional.silu(gate.double())
     torch.testing.assert_close(y.double(), want, rtol=ONCE, atol=1e-30, equal_nan=True)
@@ -107,19 +121,22 @@ def test_swiglu_at_the_ends_of_the_range():
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("D, R", [(64, 32), (64, 5), (96, 48), (32, 16), (6, 3), (128, 24)])
-def test_rope_and_its_gradient_on_slices_of_a_fused_projection(D, R, interleaved):
-    qkv = draw(9, 7, D).requires_grad_()
+@FLOATS
+def test_rope_and_its_gradient_on_slices_of_a_fused_projection(D, R, interleaved, dtype):
+    # In float32 only the two products and their sum are rounded: the oracle gets the same cosines.
+    once = ONCE if dtype == BF16 else 2**-20
+    qkv = draw(9, 7, D, dtype=dtype).requires_grad_()
     q, k = qkv[:, :3], qkv[:, 3:5]
     angle = torch.rand(9, R, generator=torch.Generator().manual_seed(1)) * 6
     got = native.rope_apply(q, k, angle.cos(), angle.sin(), interleaved=interleaved)
     wide = qkv.detach().double().requires_grad_()
     want = reference.rope_apply(wide[:, :3], wide[:, 3:5], angle.cos(), angle.sin(), interleaved=interleaved)
-    grads = [draw(*x.shape, seed=4 + i) for i, x in enumerate(got)]
+    grads = [draw(*x.shape, seed=4 + i, dtype=dtype) for i, x in enumerate(got)]
     torch.autograd.backward(got, grads)
     torch.autograd.backward(want, [g.double() for g in grads])
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=ONCE, atol=1e-6)
-    torch.testing.assert_close(qkv.grad.double(), wide.grad, rtol=ONCE, atol=1e-6)
+        torch.testing.assert_close(a.double(), b, rtol=once, atol=1e-6)
+    torch.testing.assert_close(qkv.grad.double(), wide.grad, rtol=once, atol=1e-6)
 
 
 def test_adamw_equals_torch_optim():

@@ -10,9 +10,10 @@ import pytest
 
 from grpo_core.config import Config
 from grpo_core.errors import ConfigError
+from grpo_core.impl import DeviceInfo
 from grpo_models.llama import Llama
 from grpo_models.plugin import grpo_models
-from grpo_models.qwen2 import Qwen2
+from grpo_models.qwen2_5 import Qwen2
 from grpo_models.qwen3 import Qwen3
 
 # The published config.json of Qwen2.5-0.5B-Instruct, Qwen3-0.6B and Llama-3.2-1B-Instruct (transformers 4).
@@ -161,13 +162,16 @@ def test_transformers_5_keeps_the_same_model() -> None:
 
 def test_every_architecture_is_claimed_once() -> None:
     claimed = [name for family in grpo_models() for name in family.architectures]
-    assert sorted(claimed) == ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+    assert sorted(claimed) == [
+        "DeepseekV3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
 def test_recipe_has_keys_of_the_config(family: Any, config: dict[str, Any]) -> None:
     sections = Config.model_fields
-    for key in family.recipe("cpu", 1):
+    for key in family.recipe(family.arch(config), DeviceInfo(type="cpu"), 1):
         section, name = key.split(".")
         assert name in sections[section].annotation.model_fields, key
 
@@ -175,8 +179,9 @@ def test_recipe_has_keys_of_the_config(family: Any, config: dict[str, Any]) -> N
 def test_plugin_and_arch_load_no_torch() -> None:
     code = (
         "import sys\nfrom grpo_models.plugin import grpo_models\n"
-        "f = next(iter(grpo_models())); f.stop_tokens(); f.recipe('cpu', 1)\n"
-        f"f.arch({LLAMA32!r})\n"
+        "from grpo_core.impl import DeviceInfo\n"
+        "f = next(iter(grpo_models())); f.chat()\n"
+        f"f.recipe(f.arch({LLAMA32!r}), DeviceInfo(type='cpu'), 1)\n"
         "sys.exit(', '.join(n for n in ('torch', 'transformers', 'safetensors') if n in sys.modules) or None)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

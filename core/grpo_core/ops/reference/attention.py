@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention import CacheSpec, LayerCache
+from .slots import SlotCache
 from .tokens import TokenTable
 
 
@@ -130,8 +131,11 @@ class DenseLayer:
 
     def __init__(self, table: TokenTable) -> None:
         self.table = table
-        self.k_RKD = torch.empty(0)
-        self.v_RKE = torch.empty(0)
+        self.hold([torch.empty(0), torch.empty(0)])
+
+    def hold(self, pools: Sequence[Tensor]) -> None:
+        """Use these pools for the keys and the values."""
+        self.k_RKD, self.v_RKE = pools
 
     def write(self, k_TKD: Tensor, v_TKE: Tensor, *, slots_T: Tensor, positions_T: Tensor) -> None:
         """See `LayerCache.write`. Raises IndexError for a position that its slot has no room for."""
@@ -140,56 +144,17 @@ class DenseLayer:
         self.v_RKE[rows_T] = v_TKE.to(self.v_RKE.dtype)
 
 
-class DenseCache:
+class DenseCache(SlotCache[TokenTable, DenseLayer]):
     """Reference of `attention.cache`: a pool of token rows and a table from (slot, position) to row.
 
     A fork's table starts with the rows of its parent, so a shared prefix is stored once.
     """
 
-    layers: Sequence[LayerCache]
-
     def __init__(self, spec: CacheSpec) -> None:
-        self.spec = spec
-        self.table = TokenTable(spec.max_slots, spec.max_tokens, spec.device)
-        self._layers = [DenseLayer(self.table) for _ in range(spec.num_layers)]
-        self.layers = self._layers
-        self.restore()
-
-    def allocate(self, length: int) -> int | None:
-        """See `KVCache.allocate`."""
-        return self.table.open(length, parent=None, prefix=0)
-
-    def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
-        """See `KVCache.fork`."""
-        return self.table.open(length, parent=slot, prefix=prefix)
-
-    def free(self, slot: int) -> None:
-        """See `KVCache.free`. Raises ValueError for a slot that is not alive."""
-        self.table.free(slot)
-
-    def reset(self) -> None:
-        """See `KVCache.reset`."""
-        self.table.reset()
-
-    def nbytes(self) -> int:
-        """Bytes of keys and values held."""
-        return sum(layer.k_RKD.nbytes + layer.v_RKE.nbytes for layer in self._layers)
-
-    def release(self) -> None:
-        """See `KVCache.release`. Raises RuntimeError while a slot is alive."""
-        if self.table.alive:
-            raise RuntimeError(f"{self.table.alive} slots are alive: free them before releasing the cache")
-        for layer in self._layers:
-            layer.k_RKD, layer.v_RKE = torch.empty(0), torch.empty(0)
-
-    def restore(self) -> None:
-        """See `KVCache.restore`."""
-        spec = self.spec
-        shape_k = (spec.max_tokens, spec.num_key_value_heads, spec.head_dim)
-        shape_v = (spec.max_tokens, spec.num_key_value_heads, spec.v_head_dim)
-        for layer in self._layers:
-            layer.k_RKD = torch.zeros(shape_k, dtype=spec.dtype, device=spec.device)
-            layer.v_RKE = torch.zeros(shape_v, dtype=spec.dtype, device=spec.device)
+        table = TokenTable(spec.max_slots, spec.max_tokens, spec.device)
+        layers = [DenseLayer(table) for _ in range(spec.num_layers)]
+        rows = (spec.max_tokens, spec.num_key_value_heads)
+        super().__init__(spec, table, layers, ((*rows, spec.head_dim), (*rows, spec.v_head_dim)))
 
 
 def prefill(

@@ -22,6 +22,32 @@ def rms_norm(x: Tensor, w: Tensor, *, eps: float, residual: Tensor | None, zero_
     return y if residual is None else (y, total)
 
 
+def linear_dense(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, main_grad_NK: Tensor | None
+) -> Tensor:
+    """Reference of `linear.dense`."""
+    if main_grad_NK is None:
+        return torch.nn.functional.linear(x_TK, weight_NK, bias_N)
+    apply: Any = _AccumulatingLinear.apply
+    y_TN: Tensor = apply(x_TK, weight_NK, main_grad_NK)
+    return y_TN if bias_N is None else y_TN + bias_N
+
+
+class _AccumulatingLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, main_grad_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TK, weight_NK)
+        ctx.main_grad_NK = main_grad_NK
+        return x_TK @ weight_NK.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, weight_NK = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            ctx.main_grad_NK.add_(grads[0].float().t() @ x_TK.float())
+        return (grads[0] @ weight_NK if ctx.needs_input_grad[0] else None), None, None
+
+
 def rope_apply(
     q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool
 ) -> tuple[Tensor, Tensor]:

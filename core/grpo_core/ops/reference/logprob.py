@@ -20,7 +20,13 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 def logprob(
-    hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, *, temperature: float, group: Any
+    hidden_TC: Tensor,
+    lm_head_VC: Tensor,
+    labels_T: Tensor,
+    *,
+    temperature: float,
+    group: Any,
+    main_grad_VC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `loss.logprob`; float64 results for float64 inputs.
 
@@ -30,7 +36,7 @@ def logprob(
     if not temperature > 0:
         raise ValueError(f"log-probs need a temperature above 0, not {temperature}")
     apply: Any = _LogProb.apply
-    logprob_T, entropy_T = apply(hidden_TC, lm_head_VC, labels_T, temperature, group)
+    logprob_T, entropy_T = apply(hidden_TC, lm_head_VC, labels_T, temperature, group, main_grad_VC)
     return logprob_T, entropy_T
 
 
@@ -57,8 +63,9 @@ def _reduce(x: Tensor, op: str, group: Any) -> Tensor:
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, temperature: float, group: Any
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, temperature: float, group: Any,
+        main_grad_VC: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         acc = accumulate(hidden_TC.dtype)
         T, V = hidden_TC.shape[0], lm_head_VC.shape[0]
         rows_T, mine_T = _local_labels(labels_T, V, group)
@@ -75,17 +82,18 @@ class _LogProb(torch.autograd.Function):
             entropy_T[part] = total_t.log() - mean_t
             logprob_T[part] = _reduce(label_t, "sum", group) - lse_T[part]
         ctx.save_for_backward(hidden_TC, lm_head_VC, rows_T, mine_T, lse_T, entropy_T)
-        ctx.temperature, ctx.group = temperature, group
+        ctx.temperature, ctx.group, ctx.main_grad_VC = temperature, group, main_grad_VC
         return logprob_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TC, lm_head_VC, rows_T, mine_T, lse_T, entropy_T = ctx.saved_tensors
         g_logprob_T, g_entropy_T = grads
         acc = lse_T.dtype
         T, V = hidden_TC.shape[0], lm_head_VC.shape[0]
         head_VC = lm_head_VC.to(acc)
-        g_hidden_TC, g_head_VC = torch.zeros_like(hidden_TC), torch.zeros_like(head_VC)
+        g_hidden_TC = torch.zeros_like(hidden_TC)
+        g_head_VC = torch.zeros_like(head_VC) if ctx.main_grad_VC is None else ctx.main_grad_VC
         for part in _chunks(T, V):
             h_tC = hidden_TC[part].to(acc)
             logp_tV = h_tC @ head_VC.T / ctx.temperature - lse_T[part, None]
@@ -96,4 +104,5 @@ class _LogProb(torch.autograd.Function):
             g_z_tV /= ctx.temperature
             g_hidden_TC[part] = _reduce(g_z_tV @ head_VC, "sum", ctx.group).to(hidden_TC.dtype)
             g_head_VC += g_z_tV.T @ h_tC
-        return g_hidden_TC, g_head_VC.to(lm_head_VC.dtype), None, None, None
+        g_head = None if ctx.main_grad_VC is not None else g_head_VC.to(lm_head_VC.dtype)
+        return g_hidden_TC, g_head, None, None, None, None

@@ -1,5 +1,5 @@
 // Softmax attention of a few query rows over blocks of 32 keys: scores, softmax and weighted sum in float32,
-// operands in bf16, weights rounded to bf16 for the second product (as flash attention does).
+// operands in bf16 or float32, weights rounded to bf16 where the values are (as flash attention does).
 #pragma once
 #include <algorithm>
 
@@ -9,19 +9,22 @@ namespace grpo {
 
 constexpr int64_t BLOCK = 32;
 
-// Keys as [D / 2][32][2], values as pairs [16][E][2]; position of the first key and keys in use (1..32).
+// Keys as [D / UNIT][32][UNIT], values as [32 / UNIT][E][UNIT]; position of the first key and keys in use
+// (1..32).
+template <class T>
 struct KeyBlock {
-  const bf16* k;
-  const bf16* v;
+  const T* k;
+  const T* v;
   int64_t start;
   int64_t count;
 };
 
 // Row m sees the positions from lo + m * lo_step to hi + m * hi_step (end excluded).
+template <class T>
 struct Rows {
-  const bf16* q;
+  const T* q;
   ptrdiff_t q_row;
-  bf16* o;
+  T* o;
   ptrdiff_t o_row;
   float* lse;
   ptrdiff_t lse_row;
@@ -34,22 +37,35 @@ struct HeadSizes {
   float scale;
 };
 
-// Lanes of a block that positions lo..hi-1 fall on, as a mask of 32.
-static inline uint32_t lanes(const KeyBlock& block, int64_t lo, int64_t hi) {
-  const int64_t from = std::clamp<int64_t>(lo - block.start, 0, block.count);
-  const int64_t to = std::clamp<int64_t>(hi - block.start, from, block.count);
+// Lanes of a block of `count` keys from position `start` that positions lo..hi-1 fall on, as a mask of 32.
+static inline uint32_t lanes(int64_t start, int64_t count, int64_t lo, int64_t hi) {
+  const int64_t from = std::clamp<int64_t>(lo - start, 0, count);
+  const int64_t to = std::clamp<int64_t>(hi - start, from, count);
   const uint64_t below_to = (uint64_t(1) << to) - 1, below_from = (uint64_t(1) << from) - 1;
   return (uint32_t)(below_to & ~below_from);
 }
 
-// Softmax of one row of scores [blocks * 32] in place: the row's bf16 weights end at its own start. Returns
-// the sum of the weights; `top` is the largest scaled score.
-static inline float soften(float* s, const KeyBlock* blocks, int64_t n, int64_t lo, int64_t hi, float scale,
+// Columns of a block's scores that are worked out: the other half is neither written nor seen.
+static inline int64_t width_of(int64_t count) { return count <= 16 ? 16 : 32; }
+
+// 32 weights as values of type T.
+static inline void store_weights(bf16* p, __m512 low, __m512 high) {
+  _mm512_store_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+static inline void store_weights(float* p, __m512 low, __m512 high) {
+  _mm512_store_ps(p, low);
+  _mm512_store_ps(p + 16, high);
+}
+
+// Softmax of one row of scores [blocks * 32] in place: the row's weights end at its own start. Returns the sum
+// of the weights; `top` is the largest scaled score.
+template <class T>
+static inline float soften(float* s, const KeyBlock<T>* blocks, int64_t n, int64_t lo, int64_t hi, float scale,
                            float* top) {
   const __m512 factor = _mm512_set1_ps(scale), low = _mm512_set1_ps(NEG_INF);
   __m512 top0 = low, top1 = low;
   for (int64_t b = 0; b < n; ++b) {
-    const uint32_t seen = lanes(blocks[b], lo, hi);
+    const uint32_t seen = lanes(blocks[b].start, blocks[b].count, lo, hi);
     float* at = s + b * BLOCK;
     const __m512 x0 = _mm512_mask_mul_ps(low, (__mmask16)seen, _mm512_load_ps(at), factor);
     const __m512 x1 = _mm512_mask_mul_ps(low, (__mmask16)(seen >> 16), _mm512_load_ps(at + 16), factor);
@@ -61,13 +77,13 @@ static inline float soften(float* s, const KeyBlock* blocks, int64_t n, int64_t 
   *top = _mm512_reduce_max_ps(_mm512_max_ps(top0, top1));
   const __m512 shift = _mm512_set1_ps(*top == NEG_INF ? 0.f : *top);
   __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
-  bf16* weights = (bf16*)s;
+  T* weights = (T*)s;
   for (int64_t b = 0; b < n; ++b) {
     const __m512 x0 = exp512(_mm512_sub_ps(_mm512_load_ps(s + b * BLOCK), shift));
     const __m512 x1 = exp512(_mm512_sub_ps(_mm512_load_ps(s + b * BLOCK + 16), shift));
     sum0 = _mm512_add_ps(sum0, x0);
     sum1 = _mm512_add_ps(sum1, x1);
-    _mm512_store_si512(weights + b * BLOCK, (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
+    store_weights(weights + b * BLOCK, x0, x1);
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
 }
@@ -78,28 +94,30 @@ static inline void accumulate_half(__m512 (&acc)[MR][NV], const bf16* a, ptrdiff
   const __m512i keep = _mm512_set1_epi32(0xFFFF);
 #pragma GCC unroll 8
   for (int j = 0; j < NV; ++j) {
-    const __m512bh column = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(v + 32 * j), keep);
+    const __m512i column = _mm512_and_si512(_mm512_loadu_si512(v + 32 * j), keep);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
-      acc[i][j] = _mm512_dpbf16_ps(acc[i][j], broadcast_pair(a + i * a_row), column);
+      acc[i][j] = multiply<bf16>(acc[i][j], broadcast_unit(a + i * a_row), column);
   }
 }
 
-// o [MR, 16 NV] = weights (bf16 rows) times the values of all blocks, times `inverse`.
-template <int MR, int NV>
-static inline void weigh(const bf16* p, ptrdiff_t p_row, const KeyBlock* blocks, int64_t n, int64_t e,
-                         int64_t column, const float* inverse, bf16* o, ptrdiff_t o_row) {
+// o [MR, 16 NV] = weights (rows) times the values of all blocks, times `inverse`.
+template <int MR, int NV, class T>
+static inline void weigh(const T* p, ptrdiff_t p_row, const KeyBlock<T>* blocks, int64_t n, int64_t e,
+                         int64_t column, const float* inverse, T* o, ptrdiff_t o_row) {
+  constexpr int64_t U = UNIT<T>;
   __m512 acc[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_setzero_ps();
   for (int64_t b = 0; b < n; ++b) {
-    const bf16* v = blocks[b].v + 2 * column;
-    const int64_t whole = blocks[b].count / 2;
-    accumulate<MR, NV>(acc, p + b * BLOCK, p_row, 2, v, 2 * e, whole);
-    if (blocks[b].count % 2)
-      accumulate_half<MR, NV>(acc, p + b * BLOCK + 2 * whole, p_row, v + 2 * e * whole);
+    const T* v = blocks[b].v + U * column;
+    const int64_t whole = blocks[b].count / U;
+    accumulate<MR, NV>(acc, p + b * BLOCK, p_row, U, v, U * e, whole);
+    if constexpr (U == 2)
+      if (blocks[b].count % 2)
+        accumulate_half<MR, NV>(acc, p + b * BLOCK + 2 * whole, p_row, v + 2 * e * whole);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -108,9 +126,9 @@ static inline void weigh(const bf16* p, ptrdiff_t p_row, const KeyBlock* blocks,
       store(o + i * o_row + column + 16 * j, _mm512_mul_ps(acc[i][j], _mm512_set1_ps(inverse[i])));
 }
 
-template <int MR>
-static void weigh_rows(int64_t m, const bf16* p, ptrdiff_t p_row, const KeyBlock* blocks, int64_t n,
-                       int64_t e, const float* inverse, bf16* o, ptrdiff_t o_row) {
+template <int MR, class T>
+static void weigh_rows(int64_t m, const T* p, ptrdiff_t p_row, const KeyBlock<T>* blocks, int64_t n,
+                       int64_t e, const float* inverse, T* o, ptrdiff_t o_row) {
   for (; m >= MR; m -= MR, p += MR * p_row, inverse += MR, o += MR * o_row) {
     int64_t column = 0;
     for (; column + 64 <= e; column += 64)
@@ -127,16 +145,18 @@ static inline int64_t tile_rows(int64_t blocks) {
 }
 
 // All rows of `rows` (at most 64) over blocks 0..n-1, which lie in the order of their positions.
-static inline void attend(const Rows& rows, const KeyBlock* blocks, int64_t n, const HeadSizes& head,
+template <class T>
+static inline void attend(const Rows<T>& rows, const KeyBlock<T>* blocks, int64_t n, const HeadSizes& head,
                           Scratch<float>& scratch) {
+  constexpr int64_t U = UNIT<T>;
   const int64_t last_hi = rows.hi + rows.hi_step * (rows.count - 1);
   while (n > 0 && blocks[n - 1].start >= last_hi) --n;
   while (n > 0 && blocks[0].start + blocks[0].count <= rows.lo) ++blocks, --n;
   const int64_t width = std::max<int64_t>(n, 1) * BLOCK;
   float* s = scratch.get(rows.count * width);
   for (int64_t b = 0; b < n; ++b)
-    gemm<false>(rows.count, BLOCK, head.d / 2, rows.q, rows.q_row, 2, blocks[b].k, 2 * BLOCK, s + b * BLOCK,
-                width);
+    gemm<false>(rows.count, width_of(blocks[b].count), head.d / U, rows.q, rows.q_row, U, blocks[b].k,
+                U * BLOCK, s + b * BLOCK, width);
   float inverse[64];
   for (int64_t m = 0; m < rows.count; ++m) {
     float top;
@@ -145,7 +165,7 @@ static inline void attend(const Rows& rows, const KeyBlock* blocks, int64_t n, c
     inverse[m] = sum > 0 || sum != sum ? 1.f / sum : 0.f;
     if (rows.lse) rows.lse[m * rows.lse_row] = sum > 0 || sum != sum ? top + std::log(sum) : -NEG_INF;
   }
-  weigh_rows<6>(rows.count, (const bf16*)s, 2 * width, blocks, n, head.e, inverse, rows.o, rows.o_row);
+  weigh_rows<6>(rows.count, (const T*)s, U * width, blocks, n, head.e, inverse, rows.o, rows.o_row);
 }
 
 }  // namespace grpo

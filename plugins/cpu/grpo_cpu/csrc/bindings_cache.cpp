@@ -4,28 +4,36 @@
 namespace grpo {
 namespace {
 
-CacheView view(const Tensor& k, const Tensor& v, const Tensor& table) {
-  check_bf16(k, "keys");
-  check_bf16(v, "values");
+template <class Work>
+auto by_store(const Tensor& k, const Tensor& v, const Work& work) {
+  check_float(k, "keys");
+  check_float(v, "values", &k);
+  return by_dtype(k, work);
+}
+
+template <class T>
+CacheView<T> view(const Tensor& k, const Tensor& v, const Tensor& table) {
   TORCH_CHECK(k.dim() == 5 && v.dim() == 5 && k.is_contiguous() && v.is_contiguous(),
               "not the storage of a cache");
   TORCH_CHECK(table.scalar_type() == at::kInt && table.is_contiguous() && table.dim() == 2,
               "not a slot table");
-  return {bits(k), bits(v), table.data_ptr<int32_t>(), table.size(0), (table.size(1) - 4) / 2, k.size(0),
-          k.size(1), 2 * k.size(2), v.size(3)};
+  return {data<T>(k), data<T>(v), table.data_ptr<int32_t>(), table.size(0), (table.size(1) - 4) / 2, k.size(0),
+          k.size(1), k.size(2) * k.size(4), v.size(3)};
 }
 
-void check_room(const CacheView& c, const Tensor& slots, const Tensor& positions) {
+template <class T>
+void check_room(const CacheView<T>& c, const Tensor& slots, const Tensor& positions) {
   const int64_t bad =
       cache_check(c, slots.data_ptr<int64_t>(), positions.data_ptr<int64_t>(), slots.numel());
   TORCH_CHECK_INDEX(bad < 0, "slot ", slots.data_ptr<int64_t>()[bad < 0 ? 0 : bad],
                     " has no room of its own at position ", positions.data_ptr<int64_t>()[bad < 0 ? 0 : bad]);
 }
 
-void write(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& k_,
+template <class T>
+void write_as(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& k_,
            const Tensor& v_, const Tensor& slots_, const Tensor& positions_) {
-  const CacheView c = view(k_store, v_store, table);
-  const Tensor k = heads(k_, "k"), v = heads(v_, "v");
+  const CacheView<T> c = view<T>(k_store, v_store, table);
+  const Tensor k = heads(k_, "k", &k_store), v = heads(v_, "v", &k_store);
   const int64_t tokens = k.size(0);
   TORCH_CHECK(k.size(1) == c.kv_heads && k.size(2) == c.d, "k has shape ", k.sizes());
   TORCH_CHECK(v.size(0) == tokens && v.size(1) == c.kv_heads && v.size(2) == c.e, "v has shape ", v.sizes());
@@ -33,15 +41,16 @@ void write(const Tensor& k_store, const Tensor& v_store, const Tensor& table, co
   const Tensor positions = dense(positions_, at::kLong, {tokens}, "positions");
   if (!tokens) return;
   check_room(c, slots, positions);
-  cache_write(c, bits(k), k.stride(0), k.stride(1), bits(v), v.stride(0), v.stride(1),
+  cache_write<T>(c, data<T>(k), k.stride(0), k.stride(1), data<T>(v), v.stride(0), v.stride(1),
               slots.data_ptr<int64_t>(), positions.data_ptr<int64_t>(), tokens);
 }
 
-Tensor attend(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& q_,
+template <class T>
+Tensor attend_as(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& q_,
               const MaybeTensor& starts_, const Tensor& lengths_, const Tensor& slots_, double scale,
               int64_t window) {
-  const CacheView c = view(k_store, v_store, table);
-  const Tensor q = heads(q_, "q");
+  const CacheView<T> c = view<T>(k_store, v_store, table);
+  const Tensor q = heads(q_, "q", &k_store);
   const int64_t sequences = slots_.numel();
   TORCH_CHECK(q.size(2) == c.d && q.size(1) % c.kv_heads == 0, "q has shape ", q.sizes(), " for ", c.kv_heads,
               " kv heads of ", c.d);
@@ -64,18 +73,19 @@ Tensor attend(const Tensor& k_store, const Tensor& v_store, const Tensor& table,
       cache_check_lengths(c, slots.data_ptr<int64_t>(), lengths.data_ptr<int64_t>(), sequences);
   TORCH_CHECK_INDEX(bad < 0, "slot ", slots.data_ptr<int64_t>()[bad < 0 ? 0 : bad],
                     " holds fewer tokens than its length");
-  cache_attend(c, {bits(q), q.stride(0), q.stride(1), bits(o), slots.data_ptr<int64_t>(),
+  cache_attend<T>(c, {data<T>(q), q.stride(0), q.stride(1), data<T>(o), slots.data_ptr<int64_t>(),
                    lengths.data_ptr<int64_t>(), starts_ ? starts.data_ptr<int64_t>() : nullptr, sequences,
                    q.size(1), (float)scale, window});
   return o;
 }
 
-Tensor step(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& qkv,
+template <class T>
+Tensor step_as(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& qkv,
             const Tensor& cos_, const Tensor& sin_, const Tensor& positions_, const Tensor& slots_,
             int64_t num_heads, double scale, int64_t window, bool interleaved, const MaybeTensor& q_norm_,
             const MaybeTensor& k_norm_, double eps) {
-  const CacheView c = view(k_store, v_store, table);
-  check_bf16(qkv, "qkv");
+  const CacheView<T> c = view<T>(k_store, v_store, table);
+  check_float(qkv, "qkv", &k_store);
   const int64_t sequences = qkv.size(0), width = (num_heads + c.kv_heads) * c.d + c.kv_heads * c.e;
   TORCH_CHECK(qkv.dim() == 2 && qkv.size(1) == width && qkv.stride(1) == 1 && num_heads % c.kv_heads == 0,
               "qkv has shape ", qkv.sizes(), " and strides ", qkv.strides(), ", wanted rows of ", width);
@@ -88,16 +98,42 @@ Tensor step(const Tensor& k_store, const Tensor& v_store, const Tensor& table, c
   TORCH_CHECK(q_norm_.has_value() == k_norm_.has_value(), "q_norm and k_norm come together");
   MaybeTensor q_norm, k_norm;
   if (q_norm_) {
-    q_norm = dense(*q_norm_, at::kBFloat16, {c.d}, "q_norm");
-    k_norm = dense(*k_norm_, at::kBFloat16, {c.d}, "k_norm");
+    q_norm = dense(*q_norm_, qkv.scalar_type(), {c.d}, "q_norm");
+    k_norm = dense(*k_norm_, qkv.scalar_type(), {c.d}, "k_norm");
   }
   Tensor o = at::empty({sequences, num_heads * c.e}, qkv.options());
   if (!sequences) return o;
   check_room(c, slots, positions);
-  cache_step(c, {bits(qkv), qkv.stride(0), cos.data_ptr<float>(), sin.data_ptr<float>(), bits(q_norm),
-                 bits(k_norm), positions.data_ptr<int64_t>(), slots.data_ptr<int64_t>(), bits(o), sequences,
+  cache_step<T>(c, {data<T>(qkv), qkv.stride(0), cos.data_ptr<float>(), sin.data_ptr<float>(), data<T>(q_norm),
+                 data<T>(k_norm), positions.data_ptr<int64_t>(), slots.data_ptr<int64_t>(), data<T>(o), sequences,
                  num_heads, pairs, window, (float)scale, (float)eps, interleaved});
   return o;
+}
+
+// Each of the three in the dtype of the cache.
+void write(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& k, const Tensor& v,
+           const Tensor& slots, const Tensor& positions) {
+  by_store(k_store, v_store, [&](auto kind) {
+    write_as<decltype(kind)>(k_store, v_store, table, k, v, slots, positions);
+  });
+}
+
+Tensor attend(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& q,
+              const MaybeTensor& starts, const Tensor& lengths, const Tensor& slots, double scale,
+              int64_t window) {
+  return by_store(k_store, v_store, [&](auto kind) {
+    return attend_as<decltype(kind)>(k_store, v_store, table, q, starts, lengths, slots, scale, window);
+  });
+}
+
+Tensor step(const Tensor& k_store, const Tensor& v_store, const Tensor& table, const Tensor& qkv,
+            const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& slots,
+            int64_t num_heads, double scale, int64_t window, bool interleaved, const MaybeTensor& q_norm,
+            const MaybeTensor& k_norm, double eps) {
+  return by_store(k_store, v_store, [&](auto kind) {
+    return step_as<decltype(kind)>(k_store, v_store, table, qkv, cos, sin, positions, slots, num_heads, scale,
+                                   window, interleaved, q_norm, k_norm, eps);
+  });
 }
 
 }  // namespace

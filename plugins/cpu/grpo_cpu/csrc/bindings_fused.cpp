@@ -10,48 +10,62 @@ namespace {
 // Returns y, x + residual (x itself without one) and 1 / rms of each row (empty unless wanted).
 std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& w_, const MaybeTensor& residual_,
                                             double eps, bool zero_centered, bool keep) {
-  const Tensor x = dense_bf16(x_, "x"), w = dense_bf16(w_, "w");
+  const Tensor x = dense_float(x_, "x"), w = dense_float(w_, "w", &x_);
   const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
   TORCH_CHECK(w.dim() == 1 && w.size(0) == width, "w has shape ", w.sizes(), ", wanted [", width, "]");
   MaybeTensor residual;
   if (residual_) {
-    residual = dense_bf16(*residual_, "residual");
+    residual = dense_float(*residual_, "residual", &x_);
     TORCH_CHECK(residual->sizes() == x.sizes(), "residual has shape ", residual->sizes(), ", wanted ",
                 x.sizes());
   }
-  Tensor y = at::empty_like(x), total = residual ? at::empty_like(x) : x;
+  Tensor y = room(x.sizes(), x), total = residual ? room(x.sizes(), x) : x;
   Tensor inverse = at::empty({keep ? rows : 0}, x.options().dtype(at::kFloat));
-  norm_forward({bits(x), bits(residual), bits(w), bits(y), residual ? bits(total) : nullptr,
-                keep ? inverse.data_ptr<float>() : nullptr, rows, width, (float)eps, zero_centered});
+  by_dtype(x, [&](auto kind) {
+    using T = decltype(kind);
+    norm_forward<T>({data<T>(x), data<T>(residual), data<T>(w), data<T>(y), residual ? data<T>(total) : nullptr,
+                     keep ? inverse.data_ptr<float>() : nullptr, rows, width, (float)eps, zero_centered});
+  });
   return {y, total, inverse};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& total, const Tensor& w, const Tensor& inverse,
                                              const Tensor& dy_, const MaybeTensor& dtotal_,
                                              bool zero_centered) {
-  const Tensor dy = dense_bf16(dy_, "dy"), w_ = w.contiguous();
+  const Tensor dy = dense_float(dy_, "dy", &total), w_ = w.contiguous();
   MaybeTensor dtotal;
-  if (dtotal_) dtotal = dense_bf16(*dtotal_, "dtotal");
-  Tensor dx = at::empty_like(total), dw = at::empty_like(w_);
-  norm_backward({bits(total), bits(w_), bits(dy), bits(dtotal), inverse.data_ptr<float>(), bits(dx), bits(dw),
-                 inverse.numel(), total.size(-1), zero_centered});
+  if (dtotal_) dtotal = dense_float(*dtotal_, "dtotal", &total);
+  Tensor dx = room(total.sizes(), total), dw = at::empty_like(w_);
+  by_dtype(total, [&](auto kind) {
+    using T = decltype(kind);
+    norm_backward<T>({data<T>(total), data<T>(w_), data<T>(dy), data<T>(dtotal), inverse.data_ptr<float>(),
+                      data<T>(dx), data<T>(dw), inverse.numel(), total.size(-1), zero_centered});
+  });
   return {dx, dw};
 }
 
 Tensor swiglu(const Tensor& gate_up_) {
-  const Tensor gate_up = dense_bf16(gate_up_, "gate_up");
+  const Tensor gate_up = dense_float(gate_up_, "gate_up");
   TORCH_CHECK(gate_up.size(-1) % 2 == 0, "gate_up has an odd width of ", gate_up.size(-1));
   auto shape = gate_up.sizes().vec();
   const int64_t width = shape.back() /= 2;
-  Tensor y = at::empty(shape, gate_up.options());
-  if (y.numel()) swiglu_forward(bits(gate_up), bits(y), y.numel() / width, width);
+  Tensor y = room(shape, gate_up);
+  if (y.numel())
+    by_dtype(y, [&](auto kind) {
+      using T = decltype(kind);
+      swiglu_forward<T>(data<T>(gate_up), data<T>(y), y.numel() / width, width);
+    });
   return y;
 }
 
 Tensor swiglu_grad(const Tensor& gate_up, const Tensor& dy_) {
-  const Tensor dy = dense_bf16(dy_, "dy"), x = gate_up.contiguous();
-  Tensor dx = at::empty_like(x);
-  if (dy.numel()) swiglu_backward(bits(x), bits(dy), bits(dx), dy.numel() / dy.size(-1), dy.size(-1));
+  const Tensor dy = dense_float(dy_, "dy", &gate_up), x = gate_up.contiguous();
+  Tensor dx = room(x.sizes(), x);
+  if (dy.numel())
+    by_dtype(x, [&](auto kind) {
+      using T = decltype(kind);
+      swiglu_backward<T>(data<T>(x), data<T>(dy), data<T>(dx), dy.numel() / dy.size(-1), dy.size(-1));
+    });
   return dx;
 }
 
@@ -61,10 +75,13 @@ Tensor rope(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, bool inter
   const Tensor cos = dense(cos_, at::kFloat, {x.size(0), pairs}, "cos");
   const Tensor sin = dense(sin_, at::kFloat, {x.size(0), pairs}, "sin");
   TORCH_CHECK(2 * pairs <= x.size(2), "cos turns ", 2 * pairs, " dimensions of ", x.size(2));
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = room(x.sizes(), x);
   if (y.numel())
-    rotate({bits(x), x.stride(0), x.stride(1), bits(y), cos.data_ptr<float>(), sin.data_ptr<float>(),
-            x.size(0), x.size(1), x.size(2), pairs, interleaved, inverse});
+    by_dtype(x, [&](auto kind) {
+      using T = decltype(kind);
+      rotate<T>({data<T>(x), x.stride(0), x.stride(1), data<T>(y), cos.data_ptr<float>(),
+                 sin.data_ptr<float>(), x.size(0), x.size(1), x.size(2), pairs, interleaved, inverse});
+    });
   return y;
 }
 

@@ -4,7 +4,8 @@
 namespace grpo {
 namespace {
 
-Strided strided(const Tensor& x) { return {bits(x), x.stride(0), x.stride(1)}; }
+template <class T>
+Strided<T> strided(const Tensor& x) { return {data<T>(x), x.stride(0), x.stride(1)}; }
 
 void check_segments(const Tensor& ends, const Tensor& parents, int64_t tokens) {
   const int32_t* at = ends.data_ptr<int32_t>();
@@ -21,12 +22,22 @@ void check_segments(const Tensor& ends, const Tensor& parents, int64_t tokens) {
 
 struct Inputs {
   Tensor q, k, v, ends, parents;
-  Segments segments;
+  double scale;
+  bool causal;
+  int64_t window;
 };
+
+template <class T>
+Segments<T> segments(const Inputs& x) {
+  return {strided<T>(x.q), strided<T>(x.k), strided<T>(x.v), x.ends.data_ptr<int32_t>(),
+          x.parents.defined() ? x.parents.data_ptr<int32_t>() : nullptr, x.ends.numel() - 1, x.q.size(1),
+          x.k.size(1), x.q.size(2), x.v.size(2), x.window, (float)x.scale, x.causal};
+}
 
 Inputs inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& ends_,
               const MaybeTensor& parents_, double scale, bool causal, int64_t window) {
-  Inputs x{heads(q_, "q"), heads(k_, "k"), heads(v_, "v"), ends_.to(at::kInt).contiguous(), {}, {}};
+  Inputs x{heads(q_, "q"), heads(k_, "k", &q_), heads(v_, "v", &q_), ends_.to(at::kInt).contiguous(), {}, scale,
+           causal, window};
   TORCH_CHECK_VALUE(ends_.dim() == 1 && ends_.numel() > 0, "cu_seqlens has shape ", ends_.sizes());
   const int64_t tokens = x.q.size(0), count = x.ends.numel() - 1;
   if (parents_) x.parents = dense(*parents_, at::kInt, {count}, "parents");
@@ -36,9 +47,6 @@ Inputs inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor
   check_head_dim(x.q.size(2), "head_dim");
   check_head_dim(x.v.size(2), "v_head_dim");
   check_segments(x.ends, x.parents, tokens);
-  x.segments = {strided(x.q), strided(x.k), strided(x.v), x.ends.data_ptr<int32_t>(),
-                x.parents.defined() ? x.parents.data_ptr<int32_t>() : nullptr, count, x.q.size(1),
-                x.k.size(1), x.q.size(2), x.v.size(2), window, (float)scale, causal};
   return x;
 }
 
@@ -47,9 +55,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const MaybeTensor& parents, double scale, bool causal, int64_t window,
                                    bool keep) {
   const Inputs x = inputs(q, k, v, ends, parents, scale, causal, window);
-  Tensor o = at::empty({x.q.size(0), x.q.size(1), x.v.size(2)}, x.q.options());
+  Tensor o = room({x.q.size(0), x.q.size(1), x.v.size(2)}, x.q);
   Tensor lse = at::empty({x.q.size(1), keep ? x.q.size(0) : 0}, x.q.options().dtype(at::kFloat));
-  segments_forward(x.segments, bits(o), keep ? lse.data_ptr<float>() : nullptr);
+  by_dtype(x.q, [&](auto kind) {
+    using T = decltype(kind);
+    segments_forward(segments<T>(x), data<T>(o), keep ? lse.data_ptr<float>() : nullptr);
+  });
   return {o, lse};
 }
 
@@ -59,12 +70,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, co
                                             const MaybeTensor& parents, double scale, bool causal,
                                             int64_t window) {
   const Inputs x = inputs(q, k, v, ends, parents, scale, causal, window);
-  const Tensor grad = heads(grad_, "grad");
+  const Tensor grad = heads(grad_, "grad", &q);
   TORCH_CHECK(grad.sizes() == o.sizes() && o.is_contiguous() && lse.is_contiguous(), "grad has shape ",
               grad.sizes());
-  Tensor dq = at::empty(x.q.sizes(), x.q.options()), dk = at::empty(x.k.sizes(), x.k.options());
-  Tensor dv = at::empty(x.v.sizes(), x.v.options());
-  segments_backward(x.segments, bits(o), lse.data_ptr<float>(), strided(grad), bits(dq), bits(dk), bits(dv));
+  Tensor dq = room(x.q.sizes(), x.q), dk = room(x.k.sizes(), x.k);
+  Tensor dv = room(x.v.sizes(), x.v);
+  by_dtype(x.q, [&](auto kind) {
+    using T = decltype(kind);
+    segments_backward(segments<T>(x), data<T>(o), lse.data_ptr<float>(), strided<T>(grad), data<T>(dq),
+                      data<T>(dk), data<T>(dv));
+  });
   return {dq, dk, dv};
 }
 

@@ -7,13 +7,15 @@
 
 namespace grpo {
 
-int64_t cache_check(const CacheView& c, const int64_t* slots, const int64_t* positions, int64_t tokens) {
+template <class T>
+int64_t cache_check(const CacheView<T>& c, const int64_t* slots, const int64_t* positions, int64_t tokens) {
   for (int64_t t = 0; t < tokens; ++t)
     if (slots[t] < 0 || slots[t] >= c.slots || find(c, slots[t], positions[t]).block < 0) return t;
   return -1;
 }
 
-int64_t cache_check_lengths(const CacheView& c, const int64_t* slots, const int64_t* lengths,
+template <class T>
+int64_t cache_check_lengths(const CacheView<T>& c, const int64_t* slots, const int64_t* lengths,
                             int64_t sequences) {
   for (int64_t i = 0; i < sequences; ++i) {
     if (slots[i] < 0 || slots[i] >= c.slots || lengths[i] < 0) return i;
@@ -23,7 +25,8 @@ int64_t cache_check_lengths(const CacheView& c, const int64_t* slots, const int6
   return -1;
 }
 
-void cache_write(const CacheView& c, const bf16* k, ptrdiff_t k_token, ptrdiff_t k_head, const bf16* v,
+template <class T>
+void cache_write(const CacheView<T>& c, const T* k, ptrdiff_t k_token, ptrdiff_t k_head, const T* v,
                  ptrdiff_t v_token, ptrdiff_t v_head, const int64_t* slots, const int64_t* positions,
                  int64_t tokens) {
   at::parallel_for(0, tokens, 32, [&](int64_t from, int64_t to) {
@@ -45,7 +48,8 @@ struct Task {
 
 // Sequences of one parent next to each other, so that its keys are in cache for all of them; long sequences
 // in tiles.
-std::vector<Task> tasks_of(const CacheView& c, const CacheQuery& a) {
+template <class T>
+std::vector<Task> tasks_of(const CacheView<T>& c, const CacheQuery<T>& a) {
   std::vector<int64_t> order(a.sequences);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
@@ -60,8 +64,9 @@ std::vector<Task> tasks_of(const CacheView& c, const CacheQuery& a) {
   return tasks;
 }
 
-void run(const CacheView& c, const CacheQuery& a, const Task& task, int64_t kv_head,
-         std::vector<KeyBlock>& blocks, Scratch<float>& scratch) {
+template <class T>
+void run(const CacheView<T>& c, const CacheQuery<T>& a, const Task& task, int64_t kv_head,
+         std::vector<KeyBlock<T>>& blocks, Scratch<float>& scratch) {
   const int64_t group = a.heads / c.kv_heads, slot = a.slots[task.sequence];
   const int64_t length = a.lengths[task.sequence];
   const int64_t start = a.starts ? a.starts[task.sequence] : task.sequence;
@@ -69,7 +74,7 @@ void run(const CacheView& c, const CacheQuery& a, const Task& task, int64_t kv_h
   gather_blocks(c, slot, kv_head, length, blocks);
   const HeadSizes head{c.d, c.e, a.scale};
   const int64_t hi = length - tokens + task.from + 1, first_token = start + task.from;
-  Rows rows{};
+  Rows<T> rows{};
   rows.hi = hi;
   rows.lo = a.window ? hi - a.window : 0;
   rows.q_row = a.q_head, rows.o_row = c.e;
@@ -95,14 +100,26 @@ void run(const CacheView& c, const CacheQuery& a, const Task& task, int64_t kv_h
 
 }  // namespace
 
-void cache_attend(const CacheView& c, const CacheQuery& a) {
+template <class T>
+void cache_attend(const CacheView<T>& c, const CacheQuery<T>& a) {
   const std::vector<Task> tasks = tasks_of(c, a);
   const int64_t count = (int64_t)tasks.size();
   spread(count * c.kv_heads, [&](int64_t i) {
     thread_local Scratch<float> scratch;
-    thread_local std::vector<KeyBlock> blocks;
+    thread_local std::vector<KeyBlock<T>> blocks;
     run(c, a, tasks[i % count], i / count, blocks, scratch);
   });
 }
+
+template int64_t cache_check(const CacheView<bf16>&, const int64_t*, const int64_t*, int64_t);
+template int64_t cache_check_lengths(const CacheView<bf16>&, const int64_t*, const int64_t*, int64_t);
+template void cache_write(const CacheView<bf16>&, const bf16*, ptrdiff_t, ptrdiff_t, const bf16*, ptrdiff_t,
+                          ptrdiff_t, const int64_t*, const int64_t*, int64_t);
+template void cache_attend(const CacheView<bf16>&, const CacheQuery<bf16>&);
+template int64_t cache_check(const CacheView<float>&, const int64_t*, const int64_t*, int64_t);
+template int64_t cache_check_lengths(const CacheView<float>&, const int64_t*, const int64_t*, int64_t);
+template void cache_write(const CacheView<float>&, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t,
+                          ptrdiff_t, const int64_t*, const int64_t*, int64_t);
+template void cache_attend(const CacheView<float>&, const CacheQuery<float>&);
 
 }  // namespace grpo

@@ -12,42 +12,49 @@ struct SlotView {
   const int32_t *starts, *blocks;
 };
 
-static inline SlotView slot_view(const CacheView& c, int64_t slot) {
+template <class T>
+static inline SlotView slot_view(const CacheView<T>& c, int64_t slot) {
   const int32_t* row = c.table + slot * (2 * c.width + 4);
   return {row[0], row[1], row[2], row + 3, row + 4 + c.width};
 }
 
-static inline int64_t owner(const CacheView& c, int64_t slot) { return slot_view(c, slot).owner; }
+template <class T>
+static inline int64_t owner(const CacheView<T>& c, int64_t slot) { return slot_view(c, slot).owner; }
 
 struct Place {
   int64_t block, offset;  // block of the storage, token within it
 };
 
 // The place of `position` in the slot's own blocks; block -1: no room there, or shared with the parent.
-static inline Place find(const CacheView& c, int64_t slot, int64_t position) {
+template <class T>
+static inline Place find(const CacheView<T>& c, int64_t slot, int64_t position) {
   const SlotView s = slot_view(c, slot);
   if (s.shared >= s.used || position < s.starts[s.shared] || position >= s.starts[s.used]) return {-1, 0};
   const int64_t at = position - s.starts[s.shared];
   return {s.blocks[s.shared + at / BLOCK], at % BLOCK};
 }
 
-static inline bf16* key_block(const CacheView& c, int64_t block, int64_t head) {
+template <class T>
+static inline T* key_block(const CacheView<T>& c, int64_t block, int64_t head) {
   return c.k + (block * c.kv_heads + head) * BLOCK * c.d;
 }
 
-static inline bf16* value_block(const CacheView& c, int64_t block, int64_t head) {
+template <class T>
+static inline T* value_block(const CacheView<T>& c, int64_t block, int64_t head) {
   return c.v + (block * c.kv_heads + head) * BLOCK * c.e;
 }
 
-static inline void put_key(const CacheView& c, const Place& at, int64_t head, const bf16* k) {
-  bf16* out = key_block(c, at.block, head) + 2 * at.offset;
-  for (int64_t i = 0; i < c.d / 2; ++i) std::memcpy(out + i * 2 * BLOCK, k + 2 * i, 4);
+template <class T>
+static inline void put_key(const CacheView<T>& c, const Place& at, int64_t head, const T* k) {
+  constexpr int64_t U = UNIT<T>;
+  T* out = key_block(c, at.block, head) + U * at.offset;
+  for (int64_t i = 0; i < c.d / U; ++i) std::memcpy(out + i * U * BLOCK, k + U * i, 4);
 }
 
 // Unless ALONE, another thread may write the other token of each pair at the same time: only a masked store
 // leaves its bits alone, at several times the price.
 template <bool ALONE>
-static inline void put_value(const CacheView& c, const Place& at, int64_t head, const bf16* v) {
+static inline void put_value(const CacheView<bf16>& c, const Place& at, int64_t head, const bf16* v) {
   bf16* out = value_block(c, at.block, head) + at.offset / 2 * 2 * c.e;
   const bool odd = at.offset % 2;
   for (int64_t i = 0; i < c.e; i += 16) {
@@ -61,9 +68,15 @@ static inline void put_value(const CacheView& c, const Place& at, int64_t head, 
   }
 }
 
+template <bool ALONE>
+static inline void put_value(const CacheView<float>& c, const Place& at, int64_t head, const float* v) {
+  std::memcpy(value_block(c, at.block, head) + at.offset * c.e, v, c.e * sizeof(float));
+}
+
 // The blocks that hold positions 0..length-1 of a slot.
-static inline void gather_blocks(const CacheView& c, int64_t slot, int64_t head, int64_t length,
-                                 std::vector<KeyBlock>& out) {
+template <class T>
+static inline void gather_blocks(const CacheView<T>& c, int64_t slot, int64_t head, int64_t length,
+                                 std::vector<KeyBlock<T>>& out) {
   const SlotView s = slot_view(c, slot);
   out.clear();
   for (int64_t b = 0; b < s.used && s.starts[b] < length; ++b)

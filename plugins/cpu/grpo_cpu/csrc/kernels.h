@@ -1,4 +1,5 @@
 // Every kernel of the pack, over raw pointers: no torch header, so that each file compiles in seconds.
+// T is bf16 or float.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,37 +10,45 @@ using bf16 = uint16_t;
 
 // --- rows.cpp, backward_rows.cpp: norms, SwiGLU, rotary -----------------------------------------------
 
+template <class T>
 struct Norm {
-  const bf16 *x, *residual, *w;  // residual may be null
-  bf16 *y, *total;               // total: x + residual, where there is a residual
-  float* inverse;                // [rows], 1 / rms; may be null
+  const T *x, *residual, *w;  // residual may be null
+  T *y, *total;               // total: x + residual, where there is a residual
+  float* inverse;             // [rows], 1 / rms; may be null
   int64_t rows, width;
   float eps;
   bool zero_centered;
 };
-void norm_forward(const Norm& a);
+template <class T>
+void norm_forward(const Norm<T>& a);
 
+template <class T>
 struct NormGrad {
-  const bf16 *total, *w, *dy, *dtotal;  // dtotal may be null
+  const T *total, *w, *dy, *dtotal;  // dtotal may be null
   const float* inverse;
-  bf16 *dx, *dw;
+  T *dx, *dw;
   int64_t rows, width;
   bool zero_centered;
 };
-void norm_backward(const NormGrad& a);
+template <class T>
+void norm_backward(const NormGrad<T>& a);
 
-void swiglu_forward(const bf16* gate_up, bf16* y, int64_t rows, int64_t width);
-void swiglu_backward(const bf16* gate_up, const bf16* dy, bf16* dgate_up, int64_t rows, int64_t width);
+template <class T>
+void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t width);
+template <class T>
+void swiglu_backward(const T* gate_up, const T* dy, T* dgate_up, int64_t rows, int64_t width);
 
+template <class T>
 struct Rotary {
-  const bf16* x;
+  const T* x;
   ptrdiff_t x_token, x_head;
-  bf16* y;  // contiguous [tokens, heads, d]
+  T* y;  // contiguous [tokens, heads, d]
   const float *cos, *sin;
   int64_t tokens, heads, d, pairs;
   bool interleaved, inverse;
 };
-void rotate(const Rotary& a);
+template <class T>
+void rotate(const Rotary<T>& a);
 
 // --- sample.cpp ---------------------------------------------------------------------------------------
 
@@ -88,63 +97,104 @@ void add_rows(float* total, const bf16* part, int64_t size);
 
 // --- cache.cpp, step.cpp ------------------------------------------------------------------------------
 
-// Blocks of 32 tokens: keys [block][kv head][d / 2][32][2], values [block][kv head][16][e][2].
+// Blocks of 32 tokens, in units of 32 bits (a pair of bf16 or one float): keys [block][kv head][d / UNIT][32]
+// [UNIT], values [block][kv head][32 / UNIT][e][UNIT].
+template <class T>
 struct CacheView {
-  bf16 *k, *v;
+  T *k, *v;
   // One row a slot: [blocks used, of these shared with the parent, parent or itself,
   //                  first position of each block (width + 1, then the end), block ids (width)].
   const int32_t* table;
   int64_t slots, width, blocks, kv_heads, d, e;
 };
 // Index of the first token that its slot has no room of its own for, or -1. Nothing is written then.
-int64_t cache_check(const CacheView& c, const int64_t* slots, const int64_t* positions, int64_t tokens);
+template <class T>
+int64_t cache_check(const CacheView<T>& c, const int64_t* slots, const int64_t* positions, int64_t tokens);
 // Index of the first sequence whose slot holds fewer tokens than its length, or -1.
-int64_t cache_check_lengths(const CacheView& c, const int64_t* slots, const int64_t* lengths,
+template <class T>
+int64_t cache_check_lengths(const CacheView<T>& c, const int64_t* slots, const int64_t* lengths,
                             int64_t sequences);
-void cache_write(const CacheView& c, const bf16* k, ptrdiff_t k_token, ptrdiff_t k_head, const bf16* v,
+template <class T>
+void cache_write(const CacheView<T>& c, const T* k, ptrdiff_t k_token, ptrdiff_t k_head, const T* v,
                  ptrdiff_t v_token, ptrdiff_t v_head, const int64_t* slots, const int64_t* positions,
                  int64_t tokens);
 
+template <class T>
 struct CacheQuery {
-  const bf16* q;
+  const T* q;
   ptrdiff_t q_token, q_head;
-  bf16* o;  // contiguous [tokens, heads, e]
+  T* o;  // contiguous [tokens, heads, e]
   const int64_t *slots, *lengths;
   const int64_t* starts;  // [sequences + 1] into the tokens; null for one token each
   int64_t sequences, heads;
   float scale;
   int64_t window;  // 0 for none
 };
-void cache_attend(const CacheView& c, const CacheQuery& a);
+template <class T>
+void cache_attend(const CacheView<T>& c, const CacheQuery<T>& a);
 
+template <class T>
 struct StepInput {
-  const bf16* qkv;
+  const T* qkv;
   ptrdiff_t qkv_row;
   const float *cos, *sin;
-  const bf16 *q_norm, *k_norm;  // may be null, together
+  const T *q_norm, *k_norm;  // may be null, together
   const int64_t *positions, *slots;
-  bf16* o;
+  T* o;
   int64_t sequences, heads, pairs, window;
   float scale, eps;
   bool interleaved;
 };
-void cache_step(const CacheView& c, const StepInput& a);
+template <class T>
+void cache_step(const CacheView<T>& c, const StepInput<T>& a);
 
 // --- segments_forward.cpp, segments_backward.cpp: training --------------------------------------------
 
+template <class T>
 struct Strided {
-  const bf16* data;
+  const T* data;
   ptrdiff_t token, head;
 };
+template <class T>
 struct Segments {
-  Strided q, k, v;
+  Strided<T> q, k, v;
   const int32_t *ends, *parents;  // parents may be null
   int64_t count, heads, kv_heads, d, e, window;
   float scale;
   bool causal;
 };
-void segments_forward(const Segments& a, bf16* o, float* lse);  // lse [heads, tokens]
-void segments_backward(const Segments& a, const bf16* o, const float* lse, Strided grad, bf16* dq, bf16* dk,
-                       bf16* dv);
+template <class T>
+void segments_forward(const Segments<T>& a, T* o, float* lse);  // lse [heads, tokens]
+template <class T>
+void segments_backward(const Segments<T>& a, const T* o, const float* lse, Strided<T> grad, T* dq, T* dk,
+                       T* dv);
+
+// --- weight_grad.cpp ------------------------------------------------------------------------------------
+
+struct WeightGrad {
+  const bf16 *g, *x;  // [tokens, n], [tokens, k]
+  ptrdiff_t g_row, x_row;
+  float* c;  // [n, k], contiguous
+  int64_t tokens, n, k;
+};
+void weight_grad(const WeightGrad& a);
+
+// --- product.cpp ----------------------------------------------------------------------------------------
+
+struct Product {
+  const bf16* a;  // [m, k]
+  ptrdiff_t a_row;
+  const bf16* b;  // [k, n], or [n, k] where `transposed`; not read where `packed` is given
+  ptrdiff_t b_row;
+  bool transposed;
+  const bf16* packed;  // by `pack`, or null
+  const bf16* bias;    // [n] or null
+  bf16* c;             // [m, n]
+  ptrdiff_t c_row;
+  int64_t m, n, k;  // k is even
+};
+void product(const Product& p);
+int64_t packed_size(int64_t n, int64_t k);
+void pack(const Product& p, bf16* out);
 
 }  // namespace grpo

@@ -10,20 +10,22 @@ namespace grpo {
 namespace {
 
 // Weight of 16 columns as the factor of the normed input.
-inline __m512 gain(const bf16* w, __mmask16 m, bool zero_centered) {
+template <class T>
+inline __m512 gain(const T* w, __mmask16 m, bool zero_centered) {
   const __m512 x = load(w, m);
   return zero_centered ? _mm512_add_ps(x, _mm512_set1_ps(1.f)) : x;
 }
 
-void norm_row(const Norm& a, int64_t row) {
-  const bf16* x = a.x + row * a.width;
-  const bf16* source = x;
+template <class T>
+void norm_row(const Norm<T>& a, int64_t row) {
+  const T* x = a.x + row * a.width;
+  const T* source = x;
   __m512 square = _mm512_setzero_ps();
   if (a.residual) {
-    const bf16* r = a.residual + row * a.width;
-    bf16* total = a.total + row * a.width;
+    const T* r = a.residual + row * a.width;
+    T* total = a.total + row * a.width;
     each16(0, a.width, [&](int64_t i, auto m) {
-      const __m512 sum = round_bf16(_mm512_add_ps(load(x + i, m), load(r + i, m)));
+      const __m512 sum = round_to<T>(_mm512_add_ps(load(x + i, m), load(r + i, m)));
       store(total + i, sum, m);
       square = _mm512_fmadd_ps(sum, sum, square);
     });
@@ -38,19 +40,20 @@ void norm_row(const Norm& a, int64_t row) {
   if (a.inverse) a.inverse[row] = inverse;
   const __m512 factor = _mm512_set1_ps(inverse);
   each16(0, a.width, [&](int64_t i, auto m) {
-    const __m512 normed = round_bf16(_mm512_mul_ps(load(source + i, m), factor));
+    const __m512 normed = round_to<T>(_mm512_mul_ps(load(source + i, m), factor));
     store(a.y + row * a.width + i, _mm512_mul_ps(normed, gain(a.w + i, m, a.zero_centered)), m);
   });
 }
 
 // With n = total * inverse: dx = inverse * (g - n * mean(g * n)) + dtotal, g = dy * w; dw += dy * n.
-void norm_row_backward(const NormGrad& a, int64_t row, float* dw) {
-  const bf16 *x = a.total + row * a.width, *dy = a.dy + row * a.width;
+template <class T>
+void norm_row_backward(const NormGrad<T>& a, int64_t row, float* dw) {
+  const T *x = a.total + row * a.width, *dy = a.dy + row * a.width;
   const __m512 inverse = _mm512_set1_ps(a.inverse[row]);
   __m512 dot = _mm512_setzero_ps();
   each16(0, a.width, [&](int64_t i, auto m) {
     const __m512 g = load(dy + i, m), n = _mm512_mul_ps(load(x + i, m), inverse);
-    store(dw + i, _mm512_fmadd_ps(g, round_bf16(n), load(dw + i, m)), m);
+    store(dw + i, _mm512_fmadd_ps(g, round_to<T>(n), load(dw + i, m)), m);
     dot = _mm512_fmadd_ps(_mm512_mul_ps(g, gain(a.w + i, m, a.zero_centered)), n, dot);
   });
   const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / (float)a.width);
@@ -65,13 +68,15 @@ void norm_row_backward(const NormGrad& a, int64_t row, float* dw) {
 
 }  // namespace
 
-void norm_forward(const Norm& a) {
+template <class T>
+void norm_forward(const Norm<T>& a) {
   at::parallel_for(0, a.rows, std::max<int64_t>(1, 16384 / a.width), [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) norm_row(a, row);
   });
 }
 
-void norm_backward(const NormGrad& a) {
+template <class T>
+void norm_backward(const NormGrad<T>& a) {
   // Pieces of a fixed size, added up in their order: the sum does not depend on the number of threads.
   constexpr int64_t PIECE = 64;
   const int64_t pieces = (a.rows + PIECE - 1) / PIECE;
@@ -89,5 +94,10 @@ void norm_backward(const NormGrad& a) {
     });
   });
 }
+
+template void norm_forward(const Norm<bf16>&);
+template void norm_forward(const Norm<float>&);
+template void norm_backward(const NormGrad<bf16>&);
+template void norm_backward(const NormGrad<float>&);
 
 }  // namespace grpo

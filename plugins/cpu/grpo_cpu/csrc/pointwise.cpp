@@ -6,10 +6,11 @@
 
 namespace grpo {
 
-void swiglu_forward(const bf16* gate_up, bf16* y, int64_t rows, int64_t width) {
+template <class T>
+void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t width) {
   at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / width), [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) {
-      const bf16 *gate = gate_up + row * 2 * width, *up = gate + width;
+      const T *gate = gate_up + row * 2 * width, *up = gate + width;
       each16(0, width, [&](int64_t i, auto m) {
         const __m512 g = load(gate + i, m);
         store(y + row * width + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid512(g)), load(up + i, m)), m);
@@ -19,12 +20,13 @@ void swiglu_forward(const bf16* gate_up, bf16* y, int64_t rows, int64_t width) {
 }
 
 // d silu(g) = s (1 + g (1 - s)) with s = sigmoid(g).
-void swiglu_backward(const bf16* gate_up, const bf16* dy, bf16* dgate_up, int64_t rows, int64_t width) {
+template <class T>
+void swiglu_backward(const T* gate_up, const T* dy, T* dgate_up, int64_t rows, int64_t width) {
   const __m512 one = _mm512_set1_ps(1.f);
   at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / width), [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) {
-      const bf16 *gate = gate_up + row * 2 * width, *up = gate + width;
-      bf16 *dgate = dgate_up + row * 2 * width, *dup = dgate + width;
+      const T *gate = gate_up + row * 2 * width, *up = gate + width;
+      T *dgate = dgate_up + row * 2 * width, *dup = dgate + width;
       each16(0, width, [&](int64_t i, auto m) {
         const __m512 g = load(gate + i, m), d = load(dy + row * width + i, m), s = sigmoid512(g);
         const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
@@ -35,7 +37,8 @@ void swiglu_backward(const bf16* gate_up, const bf16* dy, bf16* dgate_up, int64_
   });
 }
 
-void rotate(const Rotary& a) {
+template <class T>
+void rotate(const Rotary<T>& a) {
   const int64_t grain = std::max<int64_t>(1, 8192 / (a.heads * a.d));
   at::parallel_for(0, a.tokens, grain, [&](int64_t from, int64_t to) {
     for (int64_t t = from; t < to; ++t)
@@ -44,5 +47,12 @@ void rotate(const Rotary& a) {
                     a.sin + t * a.pairs, a.d, a.pairs, a.interleaved, a.inverse);
   });
 }
+
+template void swiglu_forward(const bf16*, bf16*, int64_t, int64_t);
+template void swiglu_forward(const float*, float*, int64_t, int64_t);
+template void swiglu_backward(const bf16*, const bf16*, bf16*, int64_t, int64_t);
+template void swiglu_backward(const float*, const float*, float*, int64_t, int64_t);
+template void rotate(const Rotary<bf16>&);
+template void rotate(const Rotary<float>&);
 
 }  // namespace grpo

@@ -20,9 +20,27 @@ static inline void join_pairs(bf16* p, __mmask16 m, __m512 x, __m512 y) {
     _mm512_mask_storeu_epi32(p, m, both);
 }
 
+static inline void split_pairs(const float* p, __mmask16 m, __m512* x, __m512* y) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const int64_t count = 2 * __builtin_popcount(m);
+  const __m512 low = load(p, first(count)), high = load(p + 16, first(count - 16));
+  *x = _mm512_permutex2var_ps(low, even, high);
+  *y = _mm512_permutex2var_ps(low, odd, high);
+}
+
+static inline void join_pairs(float* p, __mmask16 m, __m512 x, __m512 y) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const int64_t count = 2 * __builtin_popcount(m);
+  store(p, _mm512_permutex2var_ps(x, low, y), first(count));
+  store(p + 16, _mm512_permutex2var_ps(x, high, y), first(count - 16));
+}
+
 // y = x turned by the angles (back by them with `inverse`); x and y may be the same. The first 2 * pairs of
 // d dimensions turn, the rest are copied.
-static inline void rotate_head(const bf16* x, bf16* y, const float* cos, const float* sin, int64_t d,
+template <class T>
+static inline void rotate_head(const T* x, T* y, const float* cos, const float* sin, int64_t d,
                                int64_t pairs, bool interleaved, bool inverse) {
   const __m512 sign = _mm512_set1_ps(inverse ? -1.f : 1.f);
   each16(0, pairs, [&](int64_t i, auto m) {
@@ -43,11 +61,12 @@ static inline void rotate_head(const bf16* x, bf16* y, const float* cos, const f
       store(y + pairs + i, v, m);
     }
   });
-  if (x != y && 2 * pairs < d) std::memcpy(y + 2 * pairs, x + 2 * pairs, (d - 2 * pairs) * sizeof(bf16));
+  if (x != y && 2 * pairs < d) std::memcpy(y + 2 * pairs, x + 2 * pairs, (d - 2 * pairs) * sizeof(T));
 }
 
 // RMS norm of one head, rounded as `norm.rms` rounds.
-static inline void norm_head(const bf16* x, const bf16* w, bf16* y, int64_t d, float eps) {
+template <class T>
+static inline void norm_head(const T* x, const T* w, T* y, int64_t d, float eps) {
   __m512 square = _mm512_setzero_ps();
   for (int64_t i = 0; i < d; i += 16) {
     const __m512 v = load(x + i);
@@ -55,7 +74,7 @@ static inline void norm_head(const bf16* x, const bf16* w, bf16* y, int64_t d, f
   }
   const __m512 r = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(square) / (float)d + eps));
   for (int64_t i = 0; i < d; i += 16)
-    store(y + i, _mm512_mul_ps(round_bf16(_mm512_mul_ps(load(x + i), r)), load(w + i)));
+    store(y + i, _mm512_mul_ps(round_to<T>(_mm512_mul_ps(load(x + i), r)), load(w + i)));
 }
 
 }  // namespace grpo

@@ -16,7 +16,8 @@ struct Family {
   int64_t cost;
 };
 
-static inline std::vector<Family> families_of(const Segments& a) {
+template <class T>
+static inline std::vector<Family> families_of(const Segments<T>& a) {
   std::vector<Family> families;
   std::vector<int64_t> index(a.count, -1);
   for (int64_t s = 0; s < a.count; ++s) {
@@ -38,17 +39,20 @@ static inline std::vector<Family> families_of(const Segments& a) {
 
 static inline int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 
-// Rows of `x` from token `from` on as blocks [d / 2][32][2], zero padded.
-static inline void pack_columns(const Strided& x, int64_t head, int64_t from, int64_t length, int64_t d,
-                                bf16* out) {
+// Rows of `x` from token `from` on as blocks [d / UNIT][32][UNIT], zero padded.
+template <class T>
+static inline void pack_columns(const Strided<T>& x, int64_t head, int64_t from, int64_t length, int64_t d,
+                                T* out) {
   for (int64_t l = 0; l < length; l += BLOCK, out += BLOCK * d)
     pack_block(x.data + (from + l) * x.token + head * x.head, x.token, std::min(BLOCK, length - l), d, out);
 }
 
-// The same as pairs of tokens [blocks][16][d][2], zero padded.
-static inline void pack_tokens(const Strided& x, int64_t head, int64_t from, int64_t length, int64_t d,
-                               bf16* out) {
-  pack_pairs(x.data + from * x.token + head * x.head, x.token, length, d, out, blocks_of(length) * BLOCK / 2);
+// The same as units of tokens [blocks][32 / UNIT][d][UNIT]; what is missing of the last unit is zero.
+template <class T>
+static inline void pack_tokens(const Strided<T>& x, int64_t head, int64_t from, int64_t length, int64_t d,
+                               T* out) {
+  pack_units(x.data + from * x.token + head * x.head, x.token, length, d, out,
+             (length + UNIT<T> - 1) / UNIT<T>);
 }
 
 }  // namespace grpo

@@ -10,30 +10,34 @@ namespace {
 
 constexpr int64_t ROWS = 32;  // queries of a tile
 
+template <class T>
 struct Keys {  // packed keys and values of the parent, then of the segment
-  bf16 *k_columns, *k_tokens, *v_columns;
+  T *k_columns, *k_tokens, *v_columns;
   float *dk, *dv;
 };
 
+template <class T>
 struct Buffers {
-  Scratch<bf16> k_columns, k_tokens, v_columns, q_tokens, g_tokens;
+  Scratch<T> k_columns, k_tokens, v_columns, q_tokens, g_tokens;
   Scratch<float> dk, dv, dq;
 };
 
+template <class T>
 struct Grads {
-  const bf16* o;
+  const T* o;
   const float* lse;
-  Strided g;
-  bf16 *dq, *dk, *dv;
+  Strided<T> g;
+  T *dq, *dk, *dv;
 };
 
 // Up to ROWS queries of one head of one segment.
+template <class T>
 struct Tile {
   int64_t head, token, count;
   int64_t lo, lo_step, hi, hi_step;  // as in Rows
-  const bf16 *q, *g;                 // rows of q and of the output's gradient
+  const T *q, *g;                    // rows of q and of the output's gradient
   ptrdiff_t g_row;
-  const bf16 *q_tokens, *g_tokens;   // the same as pairs of rows
+  const T *q_tokens, *g_tokens;      // the same as units of rows
   const float *lse, *delta;
   float* dq;  // [ROWS, d]
 };
@@ -55,48 +59,76 @@ inline Pair softmax_grad(__m512 s, __m512 dp, float lse, float delta, float scal
   return {p, _mm512_maskz_mov_ps(seen, ds)};
 }
 
-// Turns scores s and dp [ROWS, 32] into dS by rows and P, dS by pairs of rows [ROWS / 2][32][2].
-void turn(const Segments& a, const Tile& t, const BlockOf& block, const float* s, const float* dp,
-          bf16* ds_rows, bf16* p_pairs, bf16* ds_pairs) {
-  const KeyBlock at{nullptr, nullptr, block.start, block.count};
+// dS by rows and, as units of rows [ROWS / UNIT][32][UNIT], P and dS. In float32 a unit is a row.
+template <class T>
+struct Turned {
+  T *ds_rows, *p_units, *ds_units;
+};
+
+template <class T>
+Pair turn_row(const Segments<T>& a, const Tile<T>& t, const BlockOf& block, int64_t row, int64_t half,
+              const float* s, const float* dp) {
+  const uint32_t seen = lanes(block.start, block.count, t.lo + row * t.lo_step, t.hi + row * t.hi_step);
+  const int64_t from = row * BLOCK + 16 * half;
+  return softmax_grad(_mm512_load_ps(s + from), _mm512_load_ps(dp + from), t.lse[row], t.delta[row], a.scale,
+                      (__mmask16)(seen >> (16 * half)));
+}
+
+// Turns scores s and dp [ROWS, 32] into P and dS.
+void turn(const Segments<bf16>& a, const Tile<bf16>& t, const BlockOf& block, const float* s, const float* dp,
+          const Turned<bf16>& out) {
   for (int64_t m = 0; m < t.count; m += 2)
-    for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t half = 0; 16 * half < block.count; ++half) {
       __m256i p[2], ds[2];
       for (int64_t i = 0; i < 2; ++i) {
-        const int64_t row = m + i;
-        if (row >= t.count) {
+        if (m + i >= t.count) {
           p[i] = ds[i] = _mm256_setzero_si256();
           continue;
         }
-        const uint32_t seen = lanes(at, t.lo + row * t.lo_step, t.hi + row * t.hi_step) >> (16 * half);
-        const int64_t from = row * BLOCK + 16 * half;
-        const Pair pair = softmax_grad(_mm512_load_ps(s + from), _mm512_load_ps(dp + from), t.lse[row],
-                                       t.delta[row], a.scale, (__mmask16)seen);
+        const Pair pair = turn_row(a, t, block, m + i, half, s, dp);
         p[i] = narrow(pair.p), ds[i] = narrow(pair.ds);
-        _mm256_store_si256((__m256i*)(ds_rows + from), ds[i]);
+        _mm256_store_si256((__m256i*)(out.ds_rows + (m + i) * BLOCK + 16 * half), ds[i]);
       }
-      _mm512_store_si512(p_pairs + m * BLOCK + 32 * half, interleave(p[0], p[1]));
-      _mm512_store_si512(ds_pairs + m * BLOCK + 32 * half, interleave(ds[0], ds[1]));
+      _mm512_store_si512(out.p_units + m * BLOCK + 32 * half, interleave(p[0], p[1]));
+      _mm512_store_si512(out.ds_units + m * BLOCK + 32 * half, interleave(ds[0], ds[1]));
     }
 }
 
-void run_block(const Segments& a, const Tile& t, const Keys& keys, const BlockOf& block) {
-  alignas(64) float s[ROWS * BLOCK], dp[ROWS * BLOCK];
-  alignas(64) bf16 ds_rows[ROWS * BLOCK], p_pairs[ROWS * BLOCK], ds_pairs[ROWS * BLOCK];
-  const int64_t first_key = block.index * BLOCK, pairs = (t.count + 1) / 2;
-  gemm<false>(t.count, BLOCK, a.d / 2, t.q, a.q.token, 2, keys.k_columns + first_key * a.d, 2 * BLOCK, s,
-              BLOCK);
-  gemm<false>(t.count, BLOCK, a.e / 2, t.g, t.g_row, 2, keys.v_columns + first_key * a.e, 2 * BLOCK, dp,
-              BLOCK);
-  turn(a, t, block, s, dp, ds_rows, p_pairs, ds_pairs);
-  gemm<true>(block.count, a.e, pairs, p_pairs, 2, 2 * BLOCK, t.g_tokens, 2 * a.e, keys.dv + first_key * a.e,
-             a.e);
-  gemm<true>(block.count, a.d, pairs, ds_pairs, 2, 2 * BLOCK, t.q_tokens, 2 * a.d, keys.dk + first_key * a.d,
-             a.d);
-  gemm<true>(t.count, a.d, BLOCK / 2, ds_rows, BLOCK, 2, keys.k_tokens + first_key * a.d, 2 * a.d, t.dq, a.d);
+void turn(const Segments<float>& a, const Tile<float>& t, const BlockOf& block, const float* s,
+          const float* dp, const Turned<float>& out) {
+  for (int64_t m = 0; m < t.count; ++m)
+    for (int64_t half = 0; 16 * half < block.count; ++half) {
+      const Pair pair = turn_row(a, t, block, m, half, s, dp);
+      _mm512_store_ps(out.p_units + m * BLOCK + 16 * half, pair.p);
+      _mm512_store_ps(out.ds_rows + m * BLOCK + 16 * half, pair.ds);
+    }
 }
 
-void run_tile(const Segments& a, const Tile& t, const Keys& keys, int64_t prefix, int64_t length, bf16* dq) {
+template <class T>
+void run_block(const Segments<T>& a, const Tile<T>& t, const Keys<T>& keys, const BlockOf& block) {
+  constexpr int64_t U = UNIT<T>;
+  alignas(64) float s[ROWS * BLOCK], dp[ROWS * BLOCK];
+  alignas(64) T ds_rows[ROWS * BLOCK], p_units[ROWS * BLOCK], ds_units[U == 1 ? 1 : ROWS * BLOCK];
+  const Turned<T> turned{ds_rows, p_units, U == 1 ? ds_rows : ds_units};
+  const int64_t first_key = block.index * BLOCK, units = (t.count + U - 1) / U;
+  const int64_t width = width_of(block.count);
+  gemm<false>(t.count, width, a.d / U, t.q, a.q.token, U, keys.k_columns + first_key * a.d, U * BLOCK, s,
+              BLOCK);
+  gemm<false>(t.count, width, a.e / U, t.g, t.g_row, U, keys.v_columns + first_key * a.e, U * BLOCK, dp,
+              BLOCK);
+  turn(a, t, block, s, dp, turned);
+  gemm<true>(block.count, a.e, units, turned.p_units, U, U * BLOCK, t.g_tokens, U * a.e,
+             keys.dv + first_key * a.e, a.e);
+  gemm<true>(block.count, a.d, units, turned.ds_units, U, U * BLOCK, t.q_tokens, U * a.d,
+             keys.dk + first_key * a.d, a.d);
+  // The keys of the last unit that do not exist have dS 0 and are packed as zeros.
+  gemm<true>(t.count, a.d, (block.count + U - 1) / U, turned.ds_rows, BLOCK, U,
+             keys.k_tokens + first_key * a.d, U * a.d, t.dq, a.d);
+}
+
+template <class T>
+void run_tile(const Segments<T>& a, const Tile<T>& t, const Keys<T>& keys, int64_t prefix, int64_t length,
+              T* dq) {
   std::fill_n(t.dq, t.count * a.d, 0.f);
   const int64_t kept = blocks_of(prefix), end = t.hi + t.hi_step * (t.count - 1);
   for (int64_t b = 0; b < kept + blocks_of(length); ++b) {
@@ -110,25 +142,27 @@ void run_tile(const Segments& a, const Tile& t, const Keys& keys, int64_t prefix
       store(dq + ((t.token + m) * a.heads + t.head) * a.d + j, _mm512_loadu_ps(t.dq + m * a.d + j));
 }
 
-void run_segment(const Segments& a, const Grads& x, int64_t segment, int64_t kv_head, int64_t prefix,
-                 const Keys& keys, Buffers& scratch) {
+template <class T>
+void run_segment(const Segments<T>& a, const Grads<T>& x, int64_t segment, int64_t kv_head, int64_t prefix,
+                 const Keys<T>& keys, Buffers<T>& scratch) {
+  constexpr int64_t U = UNIT<T>;
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, tokens = a.ends[a.count];
   const int64_t group = a.heads / a.kv_heads;
-  bf16 *q_tokens = scratch.q_tokens.get(ROWS * a.d), *g_tokens = scratch.g_tokens.get(ROWS * a.e);
+  T *q_tokens = scratch.q_tokens.get(ROWS * a.d), *g_tokens = scratch.g_tokens.get(ROWS * a.e);
   float delta[ROWS];
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h)
     for (int64_t i = 0; i < length; i += ROWS) {
       const int64_t token = from + i, position = prefix + i;
-      Tile t{};
+      Tile<T> t{};
       t.head = h, t.token = token, t.count = std::min(ROWS, length - i);
       t.lo = a.window ? position + 1 - a.window : 0, t.lo_step = a.window ? 1 : 0;
       t.hi = a.causal ? position + 1 : prefix + length, t.hi_step = a.causal ? 1 : 0;
       t.q = a.q.data + token * a.q.token + h * a.q.head;
       t.g = x.g.data + token * x.g.token + h * x.g.head, t.g_row = x.g.token;
-      pack_pairs(t.q, a.q.token, t.count, a.d, q_tokens, (t.count + 1) / 2);
-      pack_pairs(t.g, x.g.token, t.count, a.e, g_tokens, (t.count + 1) / 2);
+      pack_units(t.q, a.q.token, t.count, a.d, q_tokens, (t.count + U - 1) / U);
+      pack_units(t.g, x.g.token, t.count, a.e, g_tokens, (t.count + U - 1) / U);
       for (int64_t m = 0; m < t.count; ++m) {
-        const bf16* o = x.o + ((token + m) * a.heads + h) * a.e;
+        const T* o = x.o + ((token + m) * a.heads + h) * a.e;
         __m512 sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < a.e; j += 16)
           sum = _mm512_fmadd_ps(load(o + j), load(t.g + m * x.g.token + j), sum);
@@ -142,7 +176,8 @@ void run_segment(const Segments& a, const Grads& x, int64_t segment, int64_t kv_
 }
 
 // Packs one segment's keys behind `kept` blocks and clears their gradients.
-void open(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, const Keys& keys) {
+template <class T>
+void open(const Segments<T>& a, int64_t segment, int64_t kv_head, int64_t kept, const Keys<T>& keys) {
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, at = kept * BLOCK;
   pack_columns(a.k, kv_head, from, length, a.d, keys.k_columns + at * a.d);
   pack_tokens(a.k, kv_head, from, length, a.d, keys.k_tokens + at * a.d);
@@ -151,8 +186,9 @@ void open(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, con
   std::fill_n(keys.dv + at * a.e, length * a.e, 0.f);
 }
 
-void close(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, const Keys& keys,
-           const Grads& x) {
+template <class T>
+void close(const Segments<T>& a, int64_t segment, int64_t kv_head, int64_t kept, const Keys<T>& keys,
+           const Grads<T>& x) {
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, at = kept * BLOCK;
   for (int64_t l = 0; l < length; ++l) {
     const int64_t row = (from + l) * a.kv_heads + kv_head;
@@ -163,14 +199,16 @@ void close(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, co
   }
 }
 
-void run_family(const Segments& a, const Grads& x, const Family& family, int64_t kv_head, Buffers& scratch) {
+template <class T>
+void run_family(const Segments<T>& a, const Grads<T>& x, const Family& family, int64_t kv_head,
+                Buffers<T>& scratch) {
   const int64_t prefix = a.ends[family.root + 1] - a.ends[family.root], kept = blocks_of(prefix);
   int64_t longest = 0;
   for (const int64_t s : family.children)
     longest = std::max<int64_t>(longest, blocks_of(a.ends[s + 1] - a.ends[s]));
   const int64_t room = (kept + longest) * BLOCK;
-  const Keys keys{scratch.k_columns.get(room * a.d), scratch.k_tokens.get(room * a.d),
-                  scratch.v_columns.get(room * a.e), scratch.dk.get(room * a.d), scratch.dv.get(room * a.e)};
+  const Keys<T> keys{scratch.k_columns.get(room * a.d), scratch.k_tokens.get(room * a.d),
+                     scratch.v_columns.get(room * a.e), scratch.dk.get(room * a.d), scratch.dv.get(room * a.e)};
   open(a, family.root, kv_head, 0, keys);
   run_segment(a, x, family.root, kv_head, 0, keys, scratch);
   // The parent is run with prefix 0: its own blocks are the first `kept`.
@@ -184,14 +222,20 @@ void run_family(const Segments& a, const Grads& x, const Family& family, int64_t
 
 }  // namespace
 
-void segments_backward(const Segments& a, const bf16* o, const float* lse, Strided grad, bf16* dq, bf16* dk,
-                       bf16* dv) {
+template <class T>
+void segments_backward(const Segments<T>& a, const T* o, const float* lse, Strided<T> grad, T* dq, T* dk,
+                       T* dv) {
   const std::vector<Family> families = families_of(a);
-  const Grads grads{o, lse, grad, dq, dk, dv};
+  const Grads<T> grads{o, lse, grad, dq, dk, dv};
   spread((int64_t)families.size() * a.kv_heads, [&](int64_t task) {
-    thread_local Buffers scratch;
+    thread_local Buffers<T> scratch;
     run_family(a, grads, families[task / a.kv_heads], task % a.kv_heads, scratch);
   });
 }
+
+template void segments_backward(const Segments<bf16>&, const bf16*, const float*, Strided<bf16>, bf16*, bf16*,
+                                bf16*);
+template void segments_backward(const Segments<float>&, const float*, const float*, Strided<float>, float*,
+                                float*, float*);
 
 }  // namespace grpo

@@ -5,15 +5,17 @@
 namespace grpo {
 namespace {
 
+template <class T>
 struct Packed {
-  Scratch<bf16> k, v;
+  Scratch<T> k, v;
   Scratch<float> scores;
-  std::vector<KeyBlock> blocks;
+  std::vector<KeyBlock<T>> blocks;
 };
 
 // Packs the keys of a segment behind those of its parent, whose blocks are the first `kept`.
-void pack(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, int64_t position, bf16* k,
-          bf16* v, std::vector<KeyBlock>& blocks) {
+template <class T>
+void pack(const Segments<T>& a, int64_t segment, int64_t kv_head, int64_t kept, int64_t position, T* k,
+          T* v, std::vector<KeyBlock<T>>& blocks) {
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from;
   pack_columns(a.k, kv_head, from, length, a.d, k);
   pack_tokens(a.v, kv_head, from, length, a.e, v);
@@ -22,7 +24,8 @@ void pack(const Segments& a, int64_t segment, int64_t kv_head, int64_t kept, int
     blocks.push_back({k + l * a.d, v + l * a.e, position + l, std::min(BLOCK, length - l)});
 }
 
-void run_segment(const Segments& a, int64_t segment, int64_t kv_head, int64_t prefix, Packed& p, bf16* o,
+template <class T>
+void run_segment(const Segments<T>& a, int64_t segment, int64_t kv_head, int64_t prefix, Packed<T>& p, T* o,
                  float* lse) {
   const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, tokens = a.ends[a.count];
   const int64_t group = a.heads / a.kv_heads, rows = tile_rows((int64_t)p.blocks.size());
@@ -30,7 +33,7 @@ void run_segment(const Segments& a, int64_t segment, int64_t kv_head, int64_t pr
     const int64_t h = kv_head * group + g;
     for (int64_t i = 0; i < length; i += rows) {
       const int64_t token = from + i, position = prefix + i;
-      Rows r{};
+      Rows<T> r{};
       r.q = a.q.data + token * a.q.token + h * a.q.head, r.q_row = a.q.token;
       r.o = o + (token * a.heads + h) * a.e, r.o_row = a.heads * a.e;
       r.lse = lse ? lse + h * tokens + token : nullptr, r.lse_row = 1;
@@ -42,12 +45,13 @@ void run_segment(const Segments& a, int64_t segment, int64_t kv_head, int64_t pr
   }
 }
 
-void run_family(const Segments& a, const Family& family, int64_t kv_head, Packed& p, bf16* o, float* lse) {
+template <class T>
+void run_family(const Segments<T>& a, const Family& family, int64_t kv_head, Packed<T>& p, T* o, float* lse) {
   const int64_t prefix = a.ends[family.root + 1] - a.ends[family.root], kept = blocks_of(prefix);
   int64_t longest = 0;
   for (const int64_t s : family.children)
     longest = std::max<int64_t>(longest, blocks_of(a.ends[s + 1] - a.ends[s]));
-  bf16 *k = p.k.get((kept + longest) * BLOCK * a.d), *v = p.v.get((kept + longest) * BLOCK * a.e);
+  T *k = p.k.get((kept + longest) * BLOCK * a.d), *v = p.v.get((kept + longest) * BLOCK * a.e);
   pack(a, family.root, kv_head, 0, 0, k, v, p.blocks);
   run_segment(a, family.root, kv_head, 0, p, o, lse);
   for (const int64_t s : family.children) {
@@ -58,12 +62,16 @@ void run_family(const Segments& a, const Family& family, int64_t kv_head, Packed
 
 }  // namespace
 
-void segments_forward(const Segments& a, bf16* o, float* lse) {
+template <class T>
+void segments_forward(const Segments<T>& a, T* o, float* lse) {
   const std::vector<Family> families = families_of(a);
   spread((int64_t)families.size() * a.kv_heads, [&](int64_t task) {
-    thread_local Packed packed;
+    thread_local Packed<T> packed;
     run_family(a, families[task / a.kv_heads], task % a.kv_heads, packed, o, lse);
   });
 }
+
+template void segments_forward(const Segments<bf16>&, bf16*, float*);
+template void segments_forward(const Segments<float>&, float*, float*);
 
 }  // namespace grpo

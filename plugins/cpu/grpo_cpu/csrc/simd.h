@@ -26,6 +26,14 @@ static inline __m512 load(const float* p, __mmask16 m) { return _mm512_maskz_loa
 // Rounds to nearest even; NaN stays NaN, subnormals become zero.
 static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 static inline __m512 round_bf16(__m512 x) { return widen(narrow(x)); }
+// Rounded as a value of type T is stored.
+template <class T>
+static inline __m512 round_to(__m512 x) {
+  if constexpr (sizeof(T) == 2)
+    return round_bf16(x);
+  else
+    return x;
+}
 static inline void store(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
 static inline void store(bf16* p, __m512 x, __mmask16 m) { _mm256_mask_storeu_epi16(p, m, narrow(x)); }
 static inline void store(float* p, __m512 x) { _mm512_storeu_ps(p, x); }

@@ -6,18 +6,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo_core.model.hf_config import layer_windows
+from grpo_core.model.plugin import ChatSpec
 
-from .dense import RECIPE, dense_arch, divided_head_dim
+from .dense import dense_arch, divided_head_dim
+from .recipes import dense_recipe
 
 if TYPE_CHECKING:
+    from grpo_core.impl import DeviceInfo
     from grpo_core.model.arch import Arch
+    from grpo_core.model.plugin import Advice
     from grpo_core.model.weights import WeightMap
 
 
 class Qwen2:
-    """`Qwen2ForCausalLM`."""
+    """`Qwen2ForCausalLM`: Qwen2 and Qwen2.5 differ in their tokens and training only."""
 
-    name = "qwen2"
+    name = "qwen2_5"
     architectures = ("Qwen2ForCausalLM",)
 
     def arch(self, hf_config: Mapping[str, Any]) -> Arch:
@@ -27,12 +31,12 @@ class Qwen2:
         )  # fmt: skip
 
     def weights(self, arch: Arch) -> WeightMap:
-        from grpo_core.model.weights import dense_weight_map
+        from grpo_core.model.weight_rules import decoder_weight_map
 
-        return dense_weight_map(arch)
+        return decoder_weight_map(arch)
 
-    def stop_tokens(self) -> tuple[str, ...]:
-        return ("<|im_end|>", "<|endoftext|>")
+    def chat(self) -> ChatSpec:
+        return ChatSpec(stop_tokens=("<|im_end|>", "<|endoftext|>"))
 
-    def recipe(self, device: str, world: int) -> Mapping[str, Any]:
-        return RECIPE
+    def recipe(self, arch: Arch, device: DeviceInfo, world: int) -> Mapping[str, Advice]:
+        return dense_recipe()

@@ -1,0 +1,1 @@
+"""Whether plugins keep the contracts of grpo-core."""

@@ -1,0 +1,140 @@
+"""Level 2: every offered op against float64, over the sizes that the offer declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from grpo_core.backend import import_pointer
+from grpo_core.catalogue import Offer
+from grpo_core.impl import DeviceInfo
+from grpo_core.ops.contract import CONTRACTS
+
+from ..case import Case, Outcome, Target, failed, passed
+from ..ops.facts import ends, refused, usual
+from ..ops.family import Family
+from ..ops.table import FAMILIES
+
+QUICK_DTYPES = 2
+"""A quick run asks the first dtypes that an offer takes."""
+OUTSIDE = "a value that is not declared"
+
+
+def cases(target: Target, *, quick: bool) -> Iterable[Case]:
+    """One case for each offer, dtype and named shape, offer by offer; and two of what offers declare."""
+    rows = [(offer, op) for op, row in target.offers.items() if op in FAMILIES for offer in row]
+    order = {op: place for place, op in enumerate(CONTRACTS)}
+    for offer, op in sorted(rows, key=lambda row: (row[0].id, order[row[1]])):
+        yield from _of_offer(offer, target.probe.info, quick)
+
+
+def _of_offer(offer: Offer, info: DeviceInfo, quick: bool) -> Iterator[Case]:
+    op, family = offer.impl.op, FAMILIES[offer.impl.op]
+    base = {"op": op, "offer_id": offer.id}
+    served = 0
+    reason = ""
+    for dtype in (name for name in family.dtypes if name in info.dtypes):
+        if quick and served == QUICK_DTYPES:
+            break
+        fixed: dict[str, Any] = {family.dtype_fact: (dtype,), **_caches(offer)}
+        facts = usual(offer, info, {**fixed, **family.axes})
+        if isinstance(facts, str):
+            reason = reason or facts
+            continue
+        served += 1
+        for shape, sizes in _shapes(offer, info, family, facts, quick):
+            args = {**base, "dtype": dtype, "shape": shape, "facts": sizes}
+            yield _case(offer, f"{dtype}/{shape}", "answers", args)
+    if served:
+        yield _case(offer, "limits", "limits", base)
+    else:
+        yield _case(offer, "served", "not_served", {**base, "reason": reason})
+
+
+def _shapes(
+    offer: Offer, info: DeviceInfo, family: Family, facts: Mapping[str, Any], quick: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for shape, changes in family.shapes.items():
+        sizes = {**facts, **changes}
+        if shape in family.trained and not offer.impl.backward:
+            continue
+        if (shape in family.quick or not quick) and refused(offer, info, sizes) is None:
+            yield shape, sizes
+    if quick:
+        return
+    for what, (names, span) in family.ends.items():
+        found = ends(offer, info, facts, names, span)
+        for word, sizes in zip(("least", "most"), found, strict=False):
+            yield f"{word} {what}", sizes
+
+
+def _case(offer: Offer, name: str, check: str, args: Mapping[str, Any]) -> Case:
+    op = offer.impl.op
+    return Case(
+        id=f"ops/{op}/{offer.id}/{name}".replace(" ", "-"),
+        level=2,
+        subject=f"{op} {offer.id}",
+        run=f"{__name__}:{check}",
+        args=args,
+        room=offer.id,
+    )
+
+
+def answers(
+    target: Target, *, op: str, offer_id: str, dtype: str, shape: str, facts: Mapping[str, Any]
+) -> Outcome:
+    """The questions of one named shape."""
+    from ..ops.examine import Terms, examine
+
+    offer, family = _offer(target, op, offer_id), FAMILIES[op]
+    if family.questions is None:
+        asked: Outcome = import_pointer(family.check)(target, offer, dtype=dtype, shape=shape, facts=facts)
+        return asked
+    reference = CONTRACTS[op].reference
+    impl = offer.impl
+    terms = Terms(
+        device=target.device.open(0), backward=impl.backward, deterministic=impl.deterministic
+    )  # fmt: skip
+    implementation = import_pointer(impl.load)
+    if family.partner:
+        partner = _offer(target, family.partner, offer_id)
+        implementation = (import_pointer(partner.impl.load), implementation)
+    return examine(
+        implementation,
+        family.questions(op, shape, facts, dtype),
+        import_pointer(reference) if reference else None,
+        terms,
+    )
+
+
+def limits(target: Target, *, op: str, offer_id: str) -> Outcome:
+    """The plan refuses what lies outside of each declared limit, and what the flags do not promise."""
+    offer, family, info = _offer(target, op, offer_id), FAMILIES[op], target.probe.info
+    for dtype in family.dtypes:
+        facts = usual(offer, info, {family.dtype_fact: (dtype,), **_caches(offer), **family.axes})
+        if not isinstance(facts, str):
+            break
+    else:
+        return failed("no usual sizes are served")
+    for name in offer.impl.limits:
+        if name not in facts:
+            return failed(f"limits[{name!r}] is no fact of {op}, so that every need is refused")
+        if refused(offer, info, {**facts, name: OUTSIDE}) is None:
+            return failed(f"limits[{name!r}] allows {OUTSIDE!r}")
+    if not offer.impl.backward and refused(offer, info, facts, backward=True) is None:
+        return failed("a need of gradients is served without `backward`")
+    return passed()
+
+
+def not_served(target: Target, *, op: str, offer_id: str, reason: str) -> Outcome:
+    """Nothing that the suite asks is served here."""
+    return Outcome(status="not_declared", message=reason)
+
+
+def _caches(offer: Offer) -> dict[str, tuple[str, ...]]:
+    cache = offer.impl.limits.get("cache")
+    return {"cache": tuple(sorted(map(str, cache)))} if isinstance(cache, Iterable) else {}
+
+
+def _offer(target: Target, op: str, offer_id: str) -> Offer:
+    return next(offer for offer in target.offers[op] if offer.id == offer_id)

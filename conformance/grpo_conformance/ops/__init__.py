@@ -1,0 +1,1 @@
+"""Level 2: what each op computes, held against float64."""

@@ -1,0 +1,149 @@
+"""The verdict of a run of the suite as plain data, the JSON that a vendor publishes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from grpo_core.errors import ConfigError
+from grpo_core.requirements import installed_version
+
+from .case import LEVELS, Case, Outcome, Target
+from .sign import digest
+from .target import is_simulated
+
+SCHEMA = "grpo-conformance/1"
+BROKEN = ("fail", "error", "crash", "timeout")
+PACKAGES = ("grpo-core", "torch", "numpy", "transformers")
+
+
+def build(
+    target: Target, results: Sequence[tuple[Case, Outcome]], *, levels: Sequence[int], quick: bool,
+    known: Sequence[Mapping[str, Any]] = (), command: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """The report of all outcomes, digest included; keys and their meaning are fixed by `SCHEMA`."""
+    subjects: dict[tuple[int, str], list[tuple[Case, Outcome]]] = {}
+    for case, outcome in results:
+        subjects.setdefault((case.level, case.subject), []).append((case, outcome))
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": command,
+        "quick": quick,
+        "target": _target(target),
+        "environment": environment(),
+        "levels": [_level(level, results) for level in levels],
+        "subjects": [_subject(level, name, rows) for (level, name), rows in sorted(subjects.items())],
+        "cases": [_case(case, outcome) for case, outcome in results],
+        "known": [dict(entry) for entry in known],
+        "verdict": verdict([outcome.status for _, outcome in results]),
+    }
+    return content | {"digest": digest(content)}
+
+
+def verdict(statuses: Sequence[str]) -> str:
+    """ "fail" where anything broke, "pass" where something passed, else "not_declared"."""
+    if any(status in BROKEN for status in statuses):
+        return "fail"
+    return "pass" if any(status in ("pass", "known") for status in statuses) else "not_declared"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they bear on the numbers."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "packages": {name: installed_version(name) or "" for name in PACKAGES},
+        "suite": metadata.version("grpo-core"),
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report from its file. Raises `ConfigError` for what is not a report of this schema."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read",
+            why=str(error),
+            fix="give a file that `grpo conformance DEVICE --json FILE` wrote",
+        ) from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        raise ConfigError(
+            f"{path} is not a conformance report",
+            why=f"its schema is {found!r}, this suite reads {SCHEMA!r}",
+            fix="write it again with this version of the suite",
+        )
+    return content
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _target(target: Target) -> dict[str, Any]:
+    info = target.probe.info
+    plugins = {plugin.id: f"{plugin.distribution} {plugin.version}" for plugin in target.catalogue.plugins}
+    return {
+        "device": target.device.name,
+        "type": info.type,
+        "vendor": info.vendor,
+        "name": info.name,
+        "count": info.count,
+        "memory_bytes": info.memory_bytes,
+        "dtypes": sorted(info.dtypes),
+        "features": sorted(info.features),
+        "simulated": is_simulated(target),
+        "plugins": plugins,
+    }
+
+
+def _level(level: int, results: Sequence[tuple[Case, Outcome]]) -> dict[str, Any]:
+    rows = [outcome for case, outcome in results if case.level == level]
+    return {
+        "level": level,
+        "name": LEVELS[level],
+        "verdict": verdict([row.status for row in rows]),
+        "counts": dict(sorted(Counter(row.status for row in rows).items())),
+        "seconds": round(sum(row.seconds for row in rows), 2),
+    }
+
+
+def _subject(level: int, name: str, rows: Sequence[tuple[Case, Outcome]]) -> dict[str, Any]:
+    broken = [(case, outcome) for case, outcome in rows if outcome.status in BROKEN]
+    measured = [(case, outcome) for case, outcome in rows if _share(outcome) is not None]
+    worst = max(measured, key=lambda row: _share(row[1]) or 0.0, default=None)
+    if broken and (worst is None or (_share(worst[1]) or 0.0) <= 1.0):
+        worst = broken[0]
+    return {
+        "level": level,
+        "subject": name,
+        "verdict": verdict([outcome.status for _, outcome in rows]),
+        "counts": dict(sorted(Counter(outcome.status for _, outcome in rows).items())),
+        "worst": None if worst is None else _case(*worst),
+    }
+
+
+def _share(outcome: Outcome) -> float | None:
+    """How much of the tolerance an error takes; a NaN takes all and more."""
+    if outcome.error is None or outcome.tolerance is None:
+        return None
+    if outcome.error != outcome.error or outcome.tolerance <= 0:
+        return float("inf") if outcome.error != 0 else 0.0
+    return outcome.error / outcome.tolerance
+
+
+def _case(case: Case, outcome: Outcome) -> dict[str, Any]:
+    row = {"id": case.id, "level": case.level, "subject": case.subject, **asdict(outcome)}
+    return {key: value for key, value in row.items() if value not in (None, "", {})}

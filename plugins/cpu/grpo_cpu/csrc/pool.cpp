@@ -1,0 +1,136 @@
+// Memory of the large tensors that the pack's ops return.
+//
+// Activations come and go in a few sizes, over and over. The C library's heap fits each of them into the best
+// of its holes, so that they wander over all of a heap that something else once made large, and page it in.
+// Here a block goes back to a list of its size and serves the next tensor of that size. Blocks are cut from
+// slabs that the system backs with large pages, and slabs without a tensor go back when asked.
+#include "pool.h"
+
+#include <ATen/EmptyTensor.h>
+#include <sys/mman.h>
+
+#include <map>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace grpo {
+namespace {
+
+constexpr size_t SMALLEST = 256 << 10;  // smaller ones are left to torch
+constexpr size_t GRAIN = 64 << 10, SLAB = 32 << 20, LARGE_PAGE = 2 << 20;
+
+size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+class Pool final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* p = take(round_up(bytes, GRAIN));
+    return {p, p, &give_back, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+  // Returns the slabs that hold no tensor to the system; how many bytes that are.
+  int64_t release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int64_t given = 0;
+    for (size_t s = 0; s < slabs_.size(); ++s) {
+      Slab& slab = slabs_[s];
+      if (!slab.start || slab.live) continue;
+      for (auto it = free_.begin(); it != free_.end();)
+        it = it->second.slab == s ? free_.erase(it) : std::next(it);
+      munmap(slab.start, slab.size);
+      given += (int64_t)slab.size;
+      slab = {};
+    }
+    return given;
+  }
+
+ private:
+  struct Slab {
+    char* start = nullptr;
+    size_t size = 0, used = 0, live = 0;
+  };
+  struct Block {
+    void* start;
+    size_t slab, size;
+  };
+
+  static void give_back(void* p);
+
+  void* take(size_t size) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // A little larger will do: the next batch's rows are never quite as many.
+    auto found = free_.lower_bound(size);
+    Block block;
+    if (found != free_.end() && found->first <= size + size / 8) {
+      block = found->second;
+      free_.erase(found);
+    } else {
+      block = cut(size);
+    }
+    ++slabs_[block.slab].live;
+    live_.emplace(block.start, block);
+    return block.start;
+  }
+
+  Block cut(size_t size) {
+    size_t place = slabs_.size();
+    for (size_t s = 0; s < slabs_.size(); ++s) {
+      if (slabs_[s].start && slabs_[s].size - slabs_[s].used >= size) {
+        place = s;
+        break;
+      }
+      if (!slabs_[s].start && place == slabs_.size()) place = s;
+    }
+    if (place == slabs_.size()) slabs_.emplace_back();
+    Slab& slab = slabs_[place];
+    if (!slab.start) {
+      slab.size = round_up(std::max(size, SLAB), LARGE_PAGE);
+      void* p = mmap(nullptr, slab.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      TORCH_CHECK_WITH(OutOfMemoryError, p != MAP_FAILED, "no memory for ", slab.size, " bytes");
+      madvise(p, slab.size, MADV_HUGEPAGE);
+      slab.start = (char*)p;
+    }
+    const Block block{slab.start + slab.used, place, size};
+    slab.used += size;
+    return block;
+  }
+
+  std::mutex mutex_;
+  std::multimap<size_t, Block> free_;
+  std::unordered_map<void*, Block> live_;
+  std::vector<Slab> slabs_;
+};
+
+// Never destroyed: tensors may outlive everything else of the process.
+Pool& pool() {
+  static Pool* only = new Pool;
+  return *only;
+}
+
+void Pool::give_back(void* p) {
+  Pool& mine = pool();
+  const std::lock_guard<std::mutex> lock(mine.mutex_);
+  const auto found = mine.live_.find(p);
+  const Block block = found->second;
+  mine.live_.erase(found);
+  --mine.slabs_[block.slab].live;
+  mine.free_.emplace(block.size, block);
+}
+
+}  // namespace
+
+at::Tensor room(at::IntArrayRef shape, const at::Tensor& like) {
+  const auto bytes = (size_t)c10::multiply_integers(shape) * like.element_size();
+  if (bytes < SMALLEST) return at::empty(shape, like.options());
+  return at::detail::empty_generic(shape, &pool(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   like.scalar_type(), std::nullopt);
+}
+
+int64_t release_room() { return pool().release(); }
+
+}  // namespace grpo

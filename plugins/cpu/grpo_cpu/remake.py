@@ -1,0 +1,45 @@
+"""Results that are not kept for the backward pass, because their maker can make them again at little cost.
+
+A norm or a SwiGLU keeps its own inputs anyway, so the linear layer behind it need not keep their result: it
+asks the node of autograd's graph that made it. Nodes come in the order of the graph: that of the linear
+layer, which asks, always before the one asked, which frees what it kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """The node of a first result, and what makes that result from what the node has kept."""
+
+    node: Any
+    make: Callable[[Any], Tensor]
+
+    def again(self) -> Tensor:
+        """The result, equal to the bit."""
+        return self.make(self.node)
+
+
+def maker_of(x: Tensor) -> Maker | None:
+    """The maker of a tensor, or None where the tensor must be kept."""
+    make = getattr(x.grad_fn, "make_again", None)
+    return Maker(x.grad_fn, make) if make is not None and x.output_nr == 0 else None
+
+
+def kept(ctx: Any) -> tuple[Tensor, ...]:
+    """What a node has kept. Activation checkpointing lets it be read once only, so it is noted."""
+    if getattr(ctx, "noted", None) is None:
+        ctx.noted = ctx.saved_tensors
+    noted: tuple[Tensor, ...] = ctx.noted
+    return noted
+
+
+def forget(ctx: Any) -> None:
+    """Drop the note at the end of the node's own backward pass: one of the tensors refers to the node."""
+    ctx.noted = None
