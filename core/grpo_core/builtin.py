@@ -6,11 +6,11 @@ imports neither torch nor a dataset library.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from .hookspecs import hookimpl
-from .impl import NOTHING, Impl
+from .impl import NOTHING, DeviceInfo, Impl, Need
 from .ops.contract import CONTRACTS, Contract
 from .plugin_checks import CACHE_OF
 
@@ -28,6 +28,18 @@ BATCH_INVARIANT = frozenset({"attention.cache", "mla.cache", "norm.rms", "rope.a
 """References that store or move rows, or compute each one alone in operations without a vector tail."""
 
 
+def _has_float64(device: DeviceInfo, need: Need) -> str | None:
+    return (
+        None
+        if "float64" in device.dtypes
+        else f"computes in float64, which {device.name or device.type} lacks"
+    )
+
+
+WHEN: Mapping[str, Callable[[DeviceInfo, Need], str | None]] = {"sample.token": _has_float64}
+"""Objections of references."""
+
+
 def _references(hook: str) -> Iterable[Impl]:
     for contract in CONTRACTS.values():
         if contract.hook == hook and contract.reference is not None:
@@ -41,6 +53,7 @@ def _reference(contract: Contract) -> Impl:
         device="*",
         load=contract.reference or "",
         limits=REFERENCE_LIMITS.get(contract.op, NOTHING),
+        when=WHEN.get(contract.op),
         backward=contract.backward,
         batch_invariant=contract.op in BATCH_INVARIANT,
         rank=0,

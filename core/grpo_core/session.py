@@ -109,6 +109,7 @@ def build_rollout(
         # For replay, and for the metric that says whether replay is needed.
         record_experts=True,
         router_dtype=config.train.router_dtype,
+        float64="float64" in planned.plan.device.dtypes,
         consistent=planned.facts.consistent,
     )
     return backend.engine.rollout(setup)

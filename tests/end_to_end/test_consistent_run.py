@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHARACTERS
 from tiny_models import tiny_hf_model
 
 from grpo_core.cli.main import main
@@ -18,7 +17,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 def write_family(family: str, folder: Path, tokenizer: Path) -> Path:
     """A tiny random model of a family with the tokenizer of another folder."""
-    ids = {"vocab_size": len(CHARACTERS) + 4, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    vocab = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
+    ids = {"vocab_size": len(vocab), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     tiny_hf_model(family, **ids, max_position_embeddings=128).save_pretrained(folder)
     for name in FILES:
         if (tokenizer / name).exists():
@@ -49,7 +49,7 @@ def test_log_probs_have_no_gap(
     steps = rows(run)
     assert len(steps) == 3
     for row in steps:
-        assert row["mismatch/gap_max"] == 0.0 and row["mismatch/ratio_mean"] == 1.0
+        assert row["mismatch/logprob_gap_max"] == 0.0 and row["mismatch/ratio_mean"] == 1.0
         assert row.get("mismatch/routing_changed", 0.0) == 0.0
     assert steps[0]["policy/grad_norm"] > 0, "nothing was learned"
     plan = json.loads((run / "plan.json").read_text())

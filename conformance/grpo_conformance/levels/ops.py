@@ -15,8 +15,8 @@ from ..ops.facts import ends, refused, usual
 from ..ops.family import Family
 from ..ops.table import FAMILIES
 
-QUICK_DTYPES = 2
-"""A quick run asks the first dtypes that an offer takes."""
+WHOLE_DTYPES = 2
+"""The first dtypes that an offer takes are asked about every shape, and are all that a quick run asks."""
 OUTSIDE = "a value that is not declared"
 
 
@@ -34,7 +34,7 @@ def _of_offer(offer: Offer, info: DeviceInfo, quick: bool) -> Iterator[Case]:
     served = 0
     reason = ""
     for dtype in (name for name in family.dtypes if name in info.dtypes):
-        if quick and served == QUICK_DTYPES:
+        if quick and served == WHOLE_DTYPES:
             break
         fixed: dict[str, Any] = {family.dtype_fact: (dtype,), **_caches(offer)}
         facts = usual(offer, info, {**fixed, **family.axes})
@@ -42,7 +42,7 @@ def _of_offer(offer: Offer, info: DeviceInfo, quick: bool) -> Iterator[Case]:
             reason = reason or facts
             continue
         served += 1
-        for shape, sizes in _shapes(offer, info, family, facts, quick):
+        for shape, sizes in _shapes(offer, info, family, facts, quick or served > WHOLE_DTYPES):
             args = {**base, "dtype": dtype, "shape": shape, "facts": sizes}
             yield _case(offer, f"{dtype}/{shape}", "answers", args)
     if served:
@@ -52,15 +52,15 @@ def _of_offer(offer: Offer, info: DeviceInfo, quick: bool) -> Iterator[Case]:
 
 
 def _shapes(
-    offer: Offer, info: DeviceInfo, family: Family, facts: Mapping[str, Any], quick: bool
+    offer: Offer, info: DeviceInfo, family: Family, facts: Mapping[str, Any], few: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for shape, changes in family.shapes.items():
         sizes = {**facts, **changes}
         if shape in family.trained and not offer.impl.backward:
             continue
-        if (shape in family.quick or not quick) and refused(offer, info, sizes) is None:
+        if (shape in family.quick or not few) and refused(offer, info, sizes) is None:
             yield shape, sizes
-    if quick:
+    if few:
         return
     for what, (names, span) in family.ends.items():
         found = ends(offer, info, facts, names, span)
@@ -93,12 +93,12 @@ def answers(
     reference = CONTRACTS[op].reference
     impl = offer.impl
     terms = Terms(
-        device=target.device.open(0), backward=impl.backward, deterministic=impl.deterministic
+        device=target.device.open(0), backward=impl.backward, deterministic=impl.deterministic,
+        float64="float64" in target.probe.info.dtypes,
     )  # fmt: skip
     implementation = import_pointer(impl.load)
     if family.partner:
-        partner = _offer(target, family.partner, offer_id)
-        implementation = (import_pointer(partner.impl.load), implementation)
+        implementation = (import_pointer(_partner(target, family.partner, offer).impl.load), implementation)
     return examine(
         implementation,
         family.questions(op, shape, facts, dtype),
@@ -129,6 +129,13 @@ def limits(target: Target, *, op: str, offer_id: str) -> Outcome:
 def not_served(target: Target, *, op: str, offer_id: str, reason: str) -> Outcome:
     """Nothing that the suite asks is served here."""
     return Outcome(status="not_declared", message=reason)
+
+
+def _partner(target: Target, op: str, offer: Offer) -> Offer:
+    """The offer of the same name, or else the best of the same plugin's, or of all."""
+    rows = sorted(target.offers[op], key=lambda one: (one.id == offer.id, one.plugin == offer.plugin,
+                                                      one.impl.rank))  # fmt: skip
+    return rows[-1]
 
 
 def _caches(offer: Offer) -> dict[str, tuple[str, ...]]:

@@ -31,7 +31,7 @@ class Guarded:
     def damage(self, *, written: bool) -> str:
         """What became of the buffer, in words; empty where only what may change did."""
         now = self.buffer.detach().cpu()
-        changed = _bits(now) != _bits(self.kept)
+        changed = bits(now) != bits(self.kept)
         changed = changed.view(now.numel(), -1).any(1)
         beyond = changed & ~self.inside
         if bool(beyond.any()):
@@ -80,5 +80,6 @@ def damage(guarded: Mapping[str, Guarded], written: Iterable[str]) -> str:
     return ""
 
 
-def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor in the order of its elements."""
+    return x.reshape(-1).contiguous().view(torch.uint8)

@@ -18,9 +18,9 @@ from .question import DTYPES, Question, Tensors, cumulative, normal, seeded
 SCALE = 0.3
 LENGTHS: Mapping[str, list[int]] = {
     "length 1": [1],
-    "ragged": [0, 3, 1, 21, 0, 9, 33, 0],
-    "chunk boundaries": [63, 64, 65],
-    "one sequence of maximal length": [150],
+    "ragged": [0, 3, 1, 9, 0, 5, 7, 0],
+    "chunk boundaries": [64, 65],
+    "one sequence of maximal length": [140],
     "no tokens": [0, 0],
 }
 WHOLE: Mapping[str, Facts] = {
@@ -31,11 +31,11 @@ DECAYS: Mapping[str, Facts] = {"no decay": {}, "strong decay": {}, "mixed decay"
 STEPS: Mapping[str, Facts] = {"one row": {}, "scattered slots": {}, "above 2^16 elements": {}, "isolation": {}}
 QUICK = ("ragged", "above 2^16 elements", "isolation", "mixed decay", "scattered slots")
 DELTA_AXES: Mapping[str, Sequence[Any]] = {
-    "key_head_dim": (32, 16, 64, 128), "value_head_dim": (32, 16, 64, 128), "num_value_groups": (2, 1, 4),
+    "key_head_dim": (16, 32, 64, 128), "value_head_dim": (16, 32, 64, 128), "num_value_groups": (2, 1, 4),
 }  # fmt: skip
 DELTA_ENDS: Mapping[str, Any] = {
-    "key head dim": (("key_head_dim",), (8, 256)),
-    "value head dim": (("value_head_dim",), (8, 256)),
+    "key head dim": (("key_head_dim",), (8, 128)),
+    "value head dim": (("value_head_dim",), (8, 128)),
     "heads of a group": (("num_value_groups",), (1, 8)),
 }
 CONV_AXES: Mapping[str, Sequence[Any]] = {"conv_kernel": (4, 3, 2)}
@@ -47,7 +47,7 @@ def chunk_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Q
     lengths = LENGTHS.get(shape, LENGTHS["ragged"])
     heads = 1
     if shape == "above 2^16 elements":
-        lengths, heads = [40, 31], 65536 // (71 * facts["value_head_dim"] * facts["num_value_groups"]) + 1
+        lengths, heads = [20, 15], 65536 // (35 * facts["value_head_dim"] * facts["num_value_groups"]) + 1
     question = _chunk(shape, facts, DTYPES[dtype], lengths, heads)
     if shape == "rows with gaps":
         question = replace(question, padded=("q", "k", "v", "g", "beta"))
@@ -100,6 +100,8 @@ def _chunk(label: str, facts: Facts, dtype: torch.dtype, lengths: list[int], hea
     return Question(
         label=label, tensors=tensors, call=call, oracle=oracle, dtype=dtype, differentiable=differentiable,
         names=("o", "last state") if final else ("o",), seed=21,
+        # The sum over all later tokens of what a decay forgets: of products over E and D, less others.
+        magnitudes={"gradient of g": 4.0 * E**0.5},
     )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ def delta_rule(
     heads = torch.arange(K) // (K // H)
     q, k = q[:, heads], k[:, heads]
     eye = torch.eye(D, dtype=torch.float64)
+    # Unbound, because the gradient of each index into a tensor is as large as all of it.
+    q_t, k_t, v_t, decay_t, beta_t = (x.unbind(0) for x in (q, k, v, g.exp(), beta))
     # The zeros keep inputs without tokens in the graph.
     nothing = sum(x.sum() for x in (q, k, v, g, beta)) * 0
     outputs = [v.new_zeros(0, K, E)]
@@ -32,10 +34,10 @@ def delta_rule(
         if state_SKDE is not None:
             state = state_SKDE[segment].double().transpose(1, 2)
         for t in range(at, at + length):
-            b, key = beta[t][:, None, None], k[t]
-            forget = g[t].exp()[:, None, None] * (eye - b * key[:, :, None] * key[:, None, :])
-            state = state @ forget + b * v[t][:, :, None] * key[:, None, :]
-            outputs.append((scale * torch.einsum("ked,kd->ke", state, q[t]))[None])
+            b, key = beta_t[t][:, None, None], k_t[t]
+            forget = decay_t[t][:, None, None] * (eye - b * key[:, :, None] * key[:, None, :])
+            state = state @ forget + b * v_t[t][:, :, None] * key[:, None, :]
+            outputs.append(scale * (state @ q_t[t][:, :, None])[..., 0][None])
         at += length
         states.append(state.transpose(1, 2)[None] + nothing)
     return torch.cat(outputs) + nothing, torch.cat(states)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..case import Outcome, failed, passed
-from .buffers import damage, guard_all
+from .buffers import bits, damage, guard_all
 from .question import Question, Tensors, laid_out, seeded
 from .tolerance import Gap, gaps
 
@@ -33,6 +33,8 @@ class Terms:
     device: torch.device
     backward: bool = False
     deterministic: bool = False
+    float64: bool = True
+    """Whether the device has it; else such inputs (the draws of a sampler) come in float32."""
 
 
 def examine(implementation: Any, questions: Iterable[Question], reference: Any, terms: Terms) -> Outcome:
@@ -56,10 +58,11 @@ def ask(implementation: Any, question: Question, reference: Any, terms: Terms) -
     honest = replace(question, poison={}, padded=())
     theirs = answer_of(sample, honest, host, backward).values
     rounds = (("first call", backward), ("second call, without gradients", False), ("third call", backward))
+    asked = question if terms.float64 else _lowered(question)
     first: Answer | None = None
     worst: Outcome | None = None
     for name, grads in rounds if backward else rounds[:2]:
-        answer = answer_of(implementation, question, terms.device, grads)
+        answer = answer_of(implementation, asked, terms.device, grads)
         outcome = judge(question, answer, wanted, theirs, name)
         if outcome.status != "pass":
             return outcome
@@ -92,6 +95,11 @@ def answer_of(implementation: Any, question: Question, device: torch.device, bac
     values = {name: x.detach().cpu() for name, x in named.items()}
     values |= {name: tensors[given].detach().cpu() for name, given in after.items()}
     return Answer(values=values | gradients, wrong=damage(guarded, question.written))
+
+
+def _lowered(question: Question) -> Question:
+    narrow = {name: x.float() if x.dtype == torch.float64 else x for name, x in question.tensors.items()}
+    return replace(question, tensors=narrow)
 
 
 def judge(
@@ -183,7 +191,7 @@ def _judged(question: Question, name: str, tensors: tuple[Tensor, ...]) -> tuple
 def _differing(first: Answer, second: Answer) -> str:
     for name, x in first.values.items():
         y = second.values[name]
-        if not torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)):
+        if not torch.equal(bits(x), bits(y)):
             return name
     return ""
 

@@ -9,7 +9,7 @@ from typing import Any
 from .question import Question
 
 NONE: Mapping[str, Any] = {}
-FLOATS = ("bfloat16", "float16", "float32", "float64")
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,8 +91,7 @@ def _logits(shape: str, X: int, dtype: torch.dtype) -> Tensor:
         logits[1] = 1e4 * logits[1].sign()
         logits[2, :] = -torch.inf
         logits[2, X // 2] = 0.0
-        logits[3] = 80 * logits[3]
-        # Equal scores among the saturated ones are ties, which go to the lowest id.
+        logits[3] = 4 * logits[3]
     return logits.to(dtype)
 
 

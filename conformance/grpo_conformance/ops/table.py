@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import attention, delta, linear, moe, pointwise, sample
+from . import attention, caches, delta, linear, mla, moe, pointwise, sample
 from .family import Family
 
 FAMILIES: Mapping[str, Family] = {
     **attention.FAMILIES,
+    **caches.FAMILIES,
+    **mla.FAMILIES,
     **delta.FAMILIES,
     **moe.FAMILIES,
     **pointwise.FAMILIES,

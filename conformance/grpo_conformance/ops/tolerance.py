@@ -14,7 +14,7 @@ specification that is suspect: sqrt(u) s is the most that it can excuse.
 
 An error has two sizes, the largest and the root mean square, each with a limit of its own: the first sees
 one wrong row, the second a small loss of precision everywhere. The largest of few errors varies more from
-one order of sums to the next, and so has twice the multiple.
+one order of sums to the next, and is allowed `LARGEST` times as much.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor
 
 MULTIPLE = 4.0
 LARGEST = 2.0
-"""Times MULTIPLE, for the largest error."""
 ROUNDINGS = 2.0
 
 
@@ -85,7 +84,7 @@ def gaps(
         Gap(
             measure="largest",
             error=float(off.max()),
-            tolerance=allowed(LARGEST * float(theirs.max()), max(largest, magnitude), dtype),
+            tolerance=LARGEST * allowed(float(theirs.max()), max(largest, magnitude), dtype),
             at=_place(worst),
         ),
         Gap(

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_core.errors import ConfigError, GrpoError
-from grpo_core.ops.reference.collectives import check_reduce_op
+from grpo_core.ops.collectives import Group
+from grpo_core.ops.reference.collectives import OneRank, check_reduce_op
 
 from .runtime import NAME, ops
 
@@ -109,18 +110,21 @@ class SimCollectives:
     reduce_ops = frozenset({"sum", "max", "min"})
 
     def __init__(self) -> None:
-        self.rank, self.world = -1, 0
+        self.rank, self.world, self.joined = -1, 0, False
 
     def init(self, *, rank: int, world: int, store: str, timeout: float) -> None:
         """See `Collectives.init`. Raises ConfigError for a store that is neither tcp:// nor file://, for a
-        rank outside of the world, and when this process has a process group already. A world of one process
-        needs no store."""
+        rank outside of the world, and when this process has a process group already. A process alone needs
+        no store and makes no process group."""
         if not 0 <= rank < world or not timeout > 0:
             raise ConfigError(
                 f"rank {rank} of {world} cannot join with a timeout of {timeout} s",
                 why="ranks go from 0 to world - 1 and the timeout is above 0",
                 fix="give each process its own rank",
             )
+        if world == 1 and not store:
+            self.rank, self.world = rank, world
+            return
         if dist.is_initialized():
             raise ConfigError(
                 "this process has a torch.distributed process group already",
@@ -130,7 +134,7 @@ class SimCollectives:
         limit = timedelta(seconds=timeout)
 
         def join() -> None:
-            opened = dist.HashStore() if world == 1 and not store else _store(store, rank, world, limit)
+            opened = _store(store, rank, world, limit)
             dist.init_process_group("gloo", store=opened, rank=rank, world_size=world, timeout=limit)
             dist.barrier()
 
@@ -139,15 +143,17 @@ class SimCollectives:
         except GrpoError:
             self.close()
             raise
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.joined = rank, world, True
 
-    def group(self, ranks: Sequence[int]) -> SimGroup:
+    def group(self, ranks: Sequence[int]) -> Group:
         """See `Collectives.group`; members call it, others need not. Raises ValueError for ranks that are
         not ascending ranks of the world with this one among them."""
         wanted = list(ranks)
         ascending = wanted == sorted(set(wanted))
         if not ascending or self.rank not in wanted or not set(wanted) <= set(range(self.world)):
             raise ValueError(f"rank {self.rank} of {self.world} cannot make a group of {wanted}")
+        if not self.joined:
+            return OneRank()
         if wanted == list(range(self.world)):
             return SimGroup(wanted, self.rank, dist.group.WORLD)
         made: list[Any] = []
@@ -156,9 +162,9 @@ class SimCollectives:
 
     def close(self) -> None:
         """Leave; a second call does nothing."""
-        if self.world and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
-        self.rank, self.world = -1, 0
+        self.rank, self.world, self.joined = -1, 0, False
 
 
 def _alias(x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 HOST = "cpu"
+SIMULATED = "simulated"
+"""Feature of a device that is no hardware: it runs only where it is asked for by name."""
 
 
 def probe(device: Device) -> Probe:
@@ -33,8 +35,9 @@ def probe(device: Device) -> Probe:
 def pick_device(name: str, catalogue: Catalogue) -> tuple[Device, DeviceInfo]:
     """The device called `name` (or of that torch type); "auto" is the best found one, else the CPU.
 
-    The best has the most memory over all its devices; ties go to the first by name. Raises `ConfigError`
-    for an unknown name and `PluginError` for a device that is not here, listing what is.
+    The best has the most memory over all its devices, simulated ones passed over; ties go to the first by
+    name. Raises `ConfigError` for an unknown name and `PluginError` for a device that is not here, listing
+    what is.
     """
     if name == AUTO:
         return _best(catalogue)
@@ -62,7 +65,7 @@ def _best(catalogue: Catalogue) -> tuple[Device, DeviceInfo]:
     found = []
     for _, device in sorted(catalogue.devices.items()):
         said = probe(device)
-        if said.found and device.type != HOST:
+        if said.found and device.type != HOST and SIMULATED not in said.info.features:
             found.append((device, said.info))
     if found:
         return max(found, key=lambda pair: pair[1].count * pair[1].memory_bytes)

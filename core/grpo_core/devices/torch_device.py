@@ -36,7 +36,9 @@ class TorchDevice:
     packages: tuple[str, ...] = ()
     """Top-level modules that must be importable, the first of them imported by `open`."""
     files: str = ""
-    """Glob pattern of the device files, one a device: "/dev/acme[0-9]*". Empty: one device is assumed."""
+    """Glob pattern of the device files, one a device: "/dev/acme[0-9]*". Empty: `count` devices are assumed."""
+    count: int = 1
+    """Devices where no file tells how many there are."""
     dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
     features: frozenset[str] = frozenset({"fast_bf16"})
     memory_bytes: int = 0
@@ -46,7 +48,7 @@ class TorchDevice:
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 return self._probe(0, f"package {package} is not installed")
-        present = len(glob.glob(self.files)) if self.files else 1
+        present = len(glob.glob(self.files)) if self.files else self.count
         if not present:
             return self._probe(0, f"no device file matches {self.files}")
         visible = os.environ.get(self.visible_env) if self.visible_env else None

@@ -39,6 +39,8 @@ class RolloutSetup:
     """Completions carry the experts of every token, where the model has any."""
     router_dtype: str = "float32"
     """Of the routers' logits: "float32" or "float64", as in training."""
+    float64: bool = True
+    """Whether the device has float64."""
     consistent: bool = False
     """A completion's tokens and log-probs depend on its prompt, seed and the weights alone, and the log-probs
     are those of the trainer, bit for bit. The bound ops are batch-invariant then."""

@@ -76,7 +76,7 @@ class Run:
         stop_ids = frozenset((*setup.chat.stop_token_ids, *sampling.stop_token_ids))
         self.sampler = TokenSampler(
             setup.backend.sample.token, sampling, stop_ids=stop_ids, vocab_size=setup.arch.vocab_size,
-            rows=rows, device=setup.device,
+            rows=rows, device=setup.device, float64=setup.float64,
         )  # fmt: skip
         shape = routed_shape(setup.arch) if setup.record_experts else (0, 0)
         self.recorder = (

@@ -44,6 +44,11 @@ def uniforms(keys_B: NDArray[np.uint64], counts_B: NDArray[np.int64]) -> NDArray
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def in_float32(u_B: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The first 24 bits of u: rounding to nearest could give 1."""
+    return (np.floor(u_B * 2.0**24) * 2.0**-24).astype(np.float32)
+
+
 class TokenSampler:
     """`sample.token` for one `generate` call: row parameters made once, `min_tokens` kept."""
 
@@ -56,6 +61,7 @@ class TokenSampler:
         vocab_size: int,
         rows: int,
         device: torch.device,
+        float64: bool = True,
     ) -> None:
         def fill(value: float, on: bool, dtype: torch.dtype) -> Tensor | None:
             return torch.full((rows,), value, dtype=dtype, device=device) if on else None
@@ -69,6 +75,7 @@ class TokenSampler:
             )
         self.op = op
         self.device = device
+        self.float64 = float64
         self.min_tokens = sampling.min_tokens
         self.temperature = torch.full((rows,), sampling.temperature, dtype=torch.float32, device=device)
         self.top_k = fill(sampling.top_k, sampling.top_k > 0, torch.int64)
@@ -95,7 +102,8 @@ class TokenSampler:
         self, logits_BV: Tensor, keys_B: NDArray[np.uint64], counts_B: NDArray[np.int64]
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = logits_BV.shape[0]
-        u_B = torch.from_numpy(uniforms(keys_B, counts_B)).to(self.device)
+        drawn_B = uniforms(keys_B, counts_B)
+        u_B = torch.from_numpy(drawn_B if self.float64 else in_float32(drawn_B)).to(self.device)
         try:
             return self.op(
                 logits_BV,

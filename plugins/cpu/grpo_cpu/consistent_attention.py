@@ -43,21 +43,6 @@ class Sequences(NamedTuple):
     """int64; rows of its keys in order, then zeros up to a multiple of KEYS."""
 
 
-def sequences(ends: list[int], keys: list[Tensor]) -> Sequences:
-    """From the bounds of the queries of each sequence and the rows of its keys."""
-    bounds_S = torch.tensor(ends, dtype=torch.int64)
-    lengths = [len(rows) for rows in keys]
-    width = max(lengths, default=0)
-    width += -width % KEYS
-    table = [pad(rows, (0, width - len(rows))) for rows in keys]
-    return Sequences(
-        starts_S=bounds_S[:-1],
-        counts_S=bounds_S.diff(),
-        lengths_S=torch.tensor(lengths, dtype=torch.int64),
-        keys_SL=torch.stack(table) if table else torch.zeros(0, 0, dtype=torch.int64),
-    )
-
-
 def packed(ends: list[int], parents: list[int]) -> Sequences:
     """Segments whose keys lie where their queries do, behind those of their parents."""
     spans = [torch.arange(start, end) for start, end in pairwise(ends)]
@@ -65,16 +50,32 @@ def packed(ends: list[int], parents: list[int]) -> Sequences:
         rows if parent < 0 or not len(rows) else torch.cat([spans[parent], rows])
         for rows, parent in zip(spans, parents, strict=True)
     ]
-    return sequences(ends, keys)
+    width = _whole(max((len(rows) for rows in keys), default=0))
+    table = [pad(rows, (0, width - len(rows))) for rows in keys]
+    bounds_S = torch.tensor(ends, dtype=torch.int64)
+    return Sequences(
+        starts_S=bounds_S[:-1],
+        counts_S=bounds_S.diff(),
+        lengths_S=torch.tensor([len(rows) for rows in keys], dtype=torch.int64),
+        keys_SL=torch.stack(table) if table else torch.zeros(0, 0, dtype=torch.int64),
+    )
 
 
 def cached(table: TokenTable, ends: list[int], slots: Tensor, seqlens_k: Tensor) -> Sequences:
     """The last tokens of sequences in a cache of core."""
-    keys = []
-    for slot, length in zip(slots.tolist(), seqlens_k.tolist(), strict=True):
-        at = torch.arange(int(length))
-        keys.append(table.rows(torch.full_like(at, int(slot)), at))
-    return sequences(ends, keys)
+    longest = int(seqlens_k.max()) if seqlens_k.numel() else 0
+    keys_SL = table.table_SL[slots, :longest].clamp_min(0)
+    bounds_S = torch.tensor(ends, dtype=torch.int64)
+    return Sequences(
+        starts_S=bounds_S[:-1],
+        counts_S=bounds_S.diff(),
+        lengths_S=seqlens_k.to(torch.int64),
+        keys_SL=pad(keys_SL, (0, _whole(longest) - longest)),
+    )
+
+
+def _whole(length: int) -> int:
+    return length + -length % KEYS
 
 
 class Units(NamedTuple):

@@ -1,4 +1,4 @@
-"""mla.varlen and mla.prefill over the packed attention of the C++ pack, bfloat16."""
+"""mla.varlen and mla.prefill over the packed attention of the C++ pack, bfloat16 or float32."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ _FLOATS: Mapping[str, Container[object]] = {"dtype": frozenset({"bfloat16", "flo
 _HEADS = frozenset(range(32, 257, 32))
 _ATTENTION = {**_FLOATS, "head_dim": _HEADS, "v_head_dim": _HEADS}
 _PACKAGE = "grpo_cpu"
+ROW_BY_ROW = frozenset({"norm.rms", "rope.apply", "mlp.swiglu", "moe.dispatch"})
+"""Ops that compute, or move, each row alone: the ends of rows go through the same instructions, masked."""
 
 
 def refuse(info: DeviceInfo, need: Need) -> str | None:
@@ -45,6 +47,12 @@ def refuse_odd(info: DeviceInfo, need: Need) -> str | None:
     return reason
 
 
+def refuse_wide(info: DeviceInfo, need: Need) -> str | None:
+    """Why the convolution, whose inputs in sight lie in registers, cannot serve, or None."""
+    width = int(str(need.facts.get("conv_kernel", 0)))
+    return refuse(info, need) or (f"conv_kernel {width} is above 16" if width > 16 else None)
+
+
 def offers() -> Iterable[tuple[str, Impl]]:
     """Pairs of a hook's name, without its prefix, and an offer for it."""
     reads = {**_ATTENTION, "cache": frozenset({CACHE_ID})}
@@ -55,12 +63,18 @@ def offers() -> Iterable[tuple[str, Impl]]:
     yield "attention", _offer("attention.prefill", cache, "prefill", reads)
     yield "attention", _offer("attention.decode", cache, "decode", reads)
     yield "attention", _offer("attention.step", cache, "step", reads)
-    mla = {**_BF16, "v_head_dim": _HEADS}
+    mla = {**_FLOATS, "v_head_dim": _HEADS}
     latents = {**mla, "cache": frozenset({LATENT_CACHE_ID})}
     yield "attention", _offer("mla.varlen", "native_mla", "varlen", mla, backward=True, when=refuse_mla)
     yield "attention", _offer("mla.prefill", "native_mla", "prefill", latents, when=refuse_mla)
-    yield "linear_attention", _offer("gated_delta.step", "native_recurrent", "delta_step", _FLOATS)
-    yield "linear_attention", _offer("short_conv.step", "native_recurrent", "conv_step", _FLOATS)
+    recurrent = "native_recurrent"
+    yield ("linear_attention", _offer("gated_delta.chunk", recurrent, "delta_chunk", _FLOATS, backward=True))
+    yield "linear_attention", _offer("gated_delta.step", recurrent, "delta_step", _FLOATS)
+    yield (
+        "linear_attention",
+        _offer("short_conv.varlen", recurrent, "conv_varlen", _FLOATS, backward=True, when=refuse_wide),
+    )
+    yield "linear_attention", _offer("short_conv.step", recurrent, "conv_step", _FLOATS)
     floats: Mapping[str, Container[object]] = {"dtype": frozenset({"bfloat16", "float32"})}
     for part in ("route", "dispatch", "combine"):
         yield "fused_moe", _offer(f"moe.{part}", "native_moe", part, floats, backward=True)
@@ -94,5 +108,6 @@ def _offer(
         when=when,
         backward=backward,
         deterministic=True,
+        batch_invariant=op in ROW_BY_ROW,
         rank=RANK,
     )

@@ -22,11 +22,13 @@ class Fake:
     type: str
     count: int = 0
     memory: int = 0
+    features: frozenset[str] = frozenset()
 
     def probe(self) -> Probe:
         info = DeviceInfo(
-            type=self.type, name=f"{self.name} chip", count=self.count, memory_bytes=self.memory
-        )
+            type=self.type, name=f"{self.name} chip", count=self.count, memory_bytes=self.memory,
+            features=self.features,
+        )  # fmt: skip
         return Probe(found=self.count > 0, reason=f"{self.count} of {self.name}", info=info)
 
 
@@ -53,6 +55,12 @@ def picked(name: str, *devices: object) -> str:
 def test_auto_is_the_cpu_when_there_is_nothing_else() -> None:
     assert picked("auto") == "cpu"
     assert picked("auto", Fake(name="acme", type="acme", count=0), Raising()) == "cpu"
+
+
+def test_auto_passes_over_a_simulated_device() -> None:
+    toy = Fake(name="toy", type="toy", count=8, memory=1000, features=frozenset({"simulated"}))
+    assert picked("auto", toy) == "cpu" and picked("toy", toy) == "toy"
+    assert picked("auto", toy, Fake(name="b", type="b", count=1, memory=10)) == "b"
 
 
 def test_auto_prefers_any_found_accelerator_and_of_several_the_most_memory() -> None:

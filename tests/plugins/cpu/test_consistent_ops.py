@@ -14,12 +14,21 @@ import sample_checks
 import torch
 from torch import Tensor
 
+from grpo_core.devices.cpu import Cpu
+from grpo_core.impl import Need
 from grpo_core.ops.reference import attention as core
 from grpo_core.ops.reference import fused, moe
 from grpo_core.ops.reference.mla import DenseLatentCache
-from grpo_cpu import consistent, consistent_attention, consistent_fused, consistent_logprob
+from grpo_cpu import (
+    consistent,
+    consistent_attention,
+    consistent_fused,
+    consistent_logprob,
+    consistent_moe,
+    consistent_recurrent,
+    native_offers,
+)
 from grpo_cpu import consistent_mla as mla
-from grpo_cpu import consistent_moe, consistent_recurrent
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -73,7 +82,8 @@ def test_recurrent_ops(dtype: torch.dtype) -> None:
     for lengths in delta_checks.LENGTHS.values():
         delta_checks.check_chunk(consistent_recurrent.chunk, dtype, lengths, decay=0.1)
         delta_checks.check_conv(consistent_recurrent.conv_varlen, dtype, lengths)
-    delta_checks.check_step(consistent_recurrent.step, dtype)
+    for sequences in (0, 1, 5):
+        delta_checks.check_step(consistent_recurrent.step, dtype, sequences)
     delta_checks.check_conv_step(consistent_recurrent.conv_step, dtype)
 
 
@@ -88,7 +98,10 @@ def test_experts(dtype: torch.dtype) -> None:
 
 
 def test_routes() -> None:
-    moe_checks.check_routes(consistent_moe.route)
+    for case in moe_checks.ROUTES:
+        for score, norm in (("sigmoid", True), ("sigmoid", False), ("softmax", True), ("softmax", False)):
+            for dtype in (torch.float32, torch.float64):
+                moe_checks.check_routes(consistent_moe.route, 9, case, norm=norm, score=score, dtype=dtype)
     moe_checks.check_route_at_the_ends(consistent_moe.route)
     moe_checks.check_route_refusals(consistent_moe.route)
 
@@ -117,7 +130,10 @@ def test_linear_and_its_gradients(main_grad: bool, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((70, 33), (17, 33), (17,)))
     found = []
-    for linear, dtype in ((consistent_fused.linear_dense, torch.float32), (fused.linear_dense, torch.float64)):
+    for linear, dtype in (
+        (consistent_fused.linear_dense, torch.float32),
+        (fused.linear_dense, torch.float64),
+    ):
         leaves = [t.to(dtype).requires_grad_() for t in (x, w, b)]
         total = torch.ones(17, 33, dtype=dtype) if main_grad else None
         y = linear(leaves[0], leaves[1], leaves[2] if bias else None, main_grad_NK=total)
@@ -161,10 +177,10 @@ def test_a_product_treats_every_row_alike(K: int, N: int, dtype: torch.dtype, th
 def test_rows_of_the_other_ops_stand_alone(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = (3 * torch.randn(90, 74, generator=generator)).to(dtype)
-    head, labels = torch.randn(50, 37, generator=generator).to(dtype), torch.arange(90) % 50
+    head = torch.randn(50, 37, generator=generator).to(dtype)
     alone(consistent_fused.swiglu, rows)
-    alone(lambda x: by_label(x[:, :37], head), torch.cat([rows[:, :37], labels[:, None].to(dtype)], 1))
-    w_uk, w_uv = latent_checks.weights(dtype)
+    alone(lambda x: logprob_of_seven(x, head), rows[:, :37])
+    w_uk = latent_checks.weights(dtype)[0]
     alone(lambda x: consistent.by_head(x.view(-1, w_uk.shape[0], w_uk.shape[1]), w_uk.mT),
           torch.randn(90, w_uk.shape[0] * w_uk.shape[1], generator=generator).to(dtype))  # fmt: skip
     settings = {"top_k": 3, "bias_X": None, "num_groups": 2, "topk_groups": 1, "norm": True, "scale": 1.5}
@@ -172,8 +188,36 @@ def test_rows_of_the_other_ops_stand_alone(dtype: torch.dtype) -> None:
         alone(lambda x, s=score: consistent_moe.route(x, score=s, ids_Tk=None, **settings)[0], rows.float())
 
 
-def by_label(x: Tensor, head: Tensor) -> Tensor:
+def logprob_of_seven(x: Tensor, head: Tensor) -> Tensor:
     logprob, entropy = consistent_logprob.logprob(
-        x, head, torch.arange(len(x)) * 0 + 7, temperature=0.7, group=None
+        x, head, torch.full((len(x),), 7), temperature=0.7, group=None
     )
     return torch.stack([logprob, entropy], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_the_native_ops_that_serve_with_them_stand_alone(dtype: torch.dtype) -> None:
+    if native_offers.refuse(Cpu().probe().info, Need(op="norm.rms")):
+        pytest.skip("the C++ pack needs AVX512-BF16 and a compiler")
+    from grpo_cpu import native_ops
+
+    generator = torch.Generator().manual_seed(0)
+    rows = (3 * torch.randn(90, 74, generator=generator)).to(dtype)
+    w = torch.randn(37, generator=generator).to(dtype)
+    alone(native_ops.swiglu, rows)
+
+    def norm(x: Tensor) -> Tensor:
+        x, residual = x.chunk(2, 1)
+        y, total = native_ops.rms_norm(x, w, eps=1e-6, residual=residual, zero_centered=False)
+        return torch.cat(
+            [y, total, native_ops.rms_norm(x, w, eps=1e-6, residual=None, zero_centered=True)], 1
+        )
+
+    def turn(x: Tensor, interleaved: bool) -> Tensor:
+        q, k, angles = x[:, :50].view(-1, 2, 25), x[:, 50:].view(-1, 1, 24), x[:, :11].float()
+        turned = native_ops.rope_apply(q, k, angles.cos(), angles.sin().contiguous(), interleaved=interleaved)
+        return torch.cat([part.flatten(1) for part in turned], 1)
+
+    alone(norm, rows)
+    for interleaved in (False, True):
+        alone(lambda x, i=interleaved: turn(x, i), rows)

@@ -1,0 +1,105 @@
+"""Attention over a paged cache with pages of 128 tokens, in torch on the device.
+
+A sequence's keys are gathered page by page and attended as the reference does, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from grpo_core.ops.attention import CacheSpec, LayerCache
+from grpo_core.ops.reference.attention import attend, bounds, visible
+from grpo_core.ops.reference.slots import SlotCache
+
+from .offers import PAGE
+from .pages import PageTable
+
+
+class PagedLayer:
+    """One layer of `PagedCache`: pages of keys and values."""
+
+    __slots__ = ("k_PKD", "table", "v_PKE")
+
+    def __init__(self, table: PageTable) -> None:
+        self.table = table
+        self.hold([torch.empty(0), torch.empty(0)])
+
+    def hold(self, pools: Sequence[Tensor]) -> None:
+        """Use these pools, [pages, PAGE, heads, dim], for the keys and the values."""
+        self.k_PKD, self.v_PKE = pools
+
+    def write(self, k_TKD: Tensor, v_TKE: Tensor, *, slots_T: Tensor, positions_T: Tensor) -> None:
+        """See `LayerCache.write`. Raises IndexError for a position that its slot has no room for."""
+        rows_T = self.table.rows(slots_T, positions_T)
+        self.k_PKD.flatten(0, 1)[rows_T] = k_TKD.to(self.k_PKD.dtype)
+        self.v_PKE.flatten(0, 1)[rows_T] = v_TKE.to(self.v_PKE.dtype)
+
+    def read(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first tokens of a slot."""
+        pages = self.table.pages_SP[slot, : -(-length // PAGE)]
+        return self.k_PKD[pages].flatten(0, 1)[:length], self.v_PKE[pages].flatten(0, 1)[:length]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first tokens of one page to another."""
+        for pool in (self.k_PKD, self.v_PKE):
+            pool[target, :tokens] = pool[source, :tokens]
+
+
+class PagedCache(SlotCache[PageTable, PagedLayer]):
+    """See `grpo_core.ops.attention.KVCache`. Full pages of a prefix are shared, what begins a page is copied."""
+
+    def __init__(self, spec: CacheSpec) -> None:
+        table = PageTable(spec.max_slots, spec.max_tokens, spec.device)
+        layers = [PagedLayer(table) for _ in range(spec.num_layers)]
+        rows = (table.num_pages, PAGE, spec.num_key_value_heads)
+        super().__init__(
+            spec, table, layers, ((*rows, spec.head_dim), (*rows, spec.v_head_dim)), fill=torch.empty
+        )
+
+    def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
+        """See `KVCache.fork`. Raises ValueError for a slot that is not alive or holds less than `prefix`."""
+        child = super().fork(slot, prefix=prefix, length=length)
+        page, begun = divmod(prefix, PAGE)
+        if child is not None and begun:
+            source, target = self.table.page(slot, page), self.table.page(child, page)
+            for layer in self.layers:
+                layer.copy(source, target, begun)
+        return child
+
+
+def prefill(
+    q_THD: Tensor,
+    cache: LayerCache,
+    *,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    slots: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """See `grpo_core.ops.attention.Prefill`, over a `PagedLayer`."""
+    if not isinstance(cache, PagedLayer):
+        raise TypeError(f"the simulated device reads pages, not {type(cache).__name__}")
+    ends = bounds(cu_seqlens_q, q_THD.shape[0])
+    outputs = [q_THD.new_zeros(0, q_THD.shape[1], cache.v_PKE.shape[3])]
+    for (start, end), slot, length in zip(pairwise(ends), slots.tolist(), seqlens_k.tolist(), strict=True):
+        if start == end:
+            continue
+        at = torch.arange(length, device=q_THD.device)
+        seen_QS = visible(at[length - (end - start) :], at, causal=True, window=window)
+        outputs.append(attend(q_THD[start:end], *cache.read(slot, length), seen_QS, scale))
+    return torch.cat(outputs)
+
+
+def decode(
+    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """See `grpo_core.ops.attention.Decode`: a prefill of one token for each sequence."""
+    one_each = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32, device=q_BHD.device)
+    return prefill(
+        q_BHD, cache, cu_seqlens_q=one_each, seqlens_k=seqlens_k, slots=slots, scale=scale, window=window
+    )
