@@ -8,7 +8,10 @@ from typing import Any
 import op_oracles as oracle
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, normalize, silu
+from torch.nn.functional import normalize
+
+from grpo_conformance.ops.delta_oracles import conv, delta_rule
+from grpo_conformance.ops.question import cumulative
 
 Chunk = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -22,10 +25,6 @@ LENGTHS = {
 DECAYS = {"mild": 0.1, "none": 0.0, "mixed": 20.0, "strong": -20.0}
 """g is drawn from [-x, 0]; "mixed" has steps that forget everything among steps that forget nothing, and
 "strong" is -20 everywhere."""
-
-
-def cumulative(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
 
 
 def inputs(
@@ -44,41 +43,6 @@ def inputs(
     beta = torch.rand(T, K, generator=generator)
     state = torch.randn(S, K, D, E, generator=generator)
     return [q, k, v, g.to(wide), beta.to(wide), state.to(wide)]
-
-
-def delta_rule(
-    q_THD: Tensor, k_THD: Tensor, v_TKE: Tensor, g_TK: Tensor, beta_TK: Tensor, state_SKDE: Tensor | None,
-    lengths: Sequence[int], scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Equation 10 of arXiv 2412.06464, token by token and head by head, in float64.
-
-    There the state is [E, D] and a step multiplies it by a matrix:
-    S_t = S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t.
-    """
-    q, k, v, g, beta = (x.double() for x in (q_THD, k_THD, v_TKE, g_TK, beta_TK))
-    (_, H, D), (_, K, E) = q.shape, v.shape
-    eye = torch.eye(D, dtype=torch.float64)
-    outputs, states, at = [torch.zeros(0, K, E, dtype=torch.float64)], [], 0
-    for segment, length in enumerate(lengths):
-        tokens = range(at, at + length)
-        at += length
-        rows, ends = [], []
-        for j in range(K):
-            h = j // (K // H)
-            state = torch.zeros(E, D, dtype=torch.float64)
-            if state_SKDE is not None:
-                state = state_SKDE[segment, j].double().T
-            reads = [torch.zeros(0, E, dtype=torch.float64)]
-            for t in tokens:
-                forget = g[t, j].exp() * (eye - beta[t, j] * torch.outer(k[t, h], k[t, h]))
-                state = state @ forget + beta[t, j] * torch.outer(v[t, j], k[t, h])
-                reads.append((scale * state @ q[t, h])[None])
-            rows.append(torch.cat(reads))
-            ends.append(state.T)
-        outputs.append(torch.stack(rows, 1))
-        states.append(torch.stack(ends))
-    last = torch.stack(states) if states else torch.zeros(0, K, D, E, dtype=torch.float64)
-    return torch.cat(outputs), last
 
 
 def check_chunk(
@@ -217,22 +181,6 @@ def check_step(
     others = torch.ones(B + 3, dtype=torch.bool)
     others[slots] = False
     assert torch.equal(states[others], kept[others])
-
-
-def conv(
-    x_TC: Tensor, w_CW: Tensor, state_SCW: Tensor | None, lengths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """silu(conv1d) in float64, one segment after the other."""
-    C, W = w_CW.shape
-    outputs, states, at = [torch.zeros(0, C, dtype=torch.float64)], [], 0
-    for segment, length in enumerate(lengths):
-        before = torch.zeros(C, W - 1).double() if state_SCW is None else state_SCW[segment].double()
-        seen_CU = torch.cat([before, x_TC[at : at + length].double().T], 1)
-        at += length
-        if length:
-            outputs.append(silu(conv1d(seen_CU[None], w_CW.double()[:, None], groups=C))[0].T)
-        states.append(seen_CU[:, seen_CU.shape[1] - (W - 1) :])
-    return torch.cat(outputs), torch.stack(states) if states else torch.zeros(0, C, W - 1).double()
 
 
 def check_conv(

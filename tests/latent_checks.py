@@ -10,9 +10,10 @@ import cache_checks
 import op_oracles as oracle
 import pytest
 import torch
-from delta_checks import cumulative
 from torch import Tensor
 
+from grpo_conformance.ops.mla import expand
+from grpo_conformance.ops.question import cumulative
 from grpo_core.ops.attention import CacheSpec
 from grpo_core.ops.mla import LatentCache
 
@@ -32,14 +33,6 @@ def weights(dtype: torch.dtype, sizes: Sequence[int] = (H, N, E, L)) -> tuple[Te
     both = torch.randn(heads, nope + value, latent, generator=generator) / latent**0.5
     w_uk, w_uv = both.to(dtype).split([nope, value], 1)
     return w_uk, w_uv
-
-
-def expand(rows: Tensor, w_uk: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of rows [latent | rotary key], head by head in float64."""
-    latent = w_uk.shape[2]
-    c, turned = rows[:, :latent].double(), rows[:, latent:].double()
-    keys = [torch.cat([c @ w.double().T, turned], 1) for w in w_uk]
-    return torch.stack(keys, 1), torch.stack([c @ w.double().T for w in w_uv], 1)
 
 
 def check_varlen(

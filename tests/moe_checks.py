@@ -15,6 +15,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grpo_conformance.ops.moe_oracles import route
+
 FREE: dict[str, Any] = {
     "score": "sigmoid",
     "bias_X": None,
@@ -35,42 +37,6 @@ COUNTS = {
 }
 SIZES = [(32, 16), (64, 48), (34, 22), (96, 160)]
 """Pairs of hidden size and intermediate size: multiples of 16 and not."""
-
-
-def choose(
-    scores: list[float], bias: list[float], top_k: int, num_groups: int, topk_groups: int
-) -> list[int]:
-    """Ids of one token, by sorting lists: largest first, then lowest id."""
-    values = [score + b for score, b in zip(scores, bias, strict=True)]
-    size = len(values) // num_groups
-    worth = [sum(sorted(values[g * size : (g + 1) * size], reverse=True)[:2]) for g in range(num_groups)]
-    groups = sorted(range(num_groups), key=lambda g: (-worth[g], g))[:topk_groups]
-    allowed = [x for x in range(len(values)) if x // size in groups]
-    return sorted(allowed, key=lambda x: (-values[x], x))[:top_k]
-
-
-def route(
-    logits_TX: Tensor, *, top_k: int, score: str, bias_X: Tensor | None, num_groups: int, topk_groups: int,
-    norm: bool, scale: float, ids_Tk: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Token by token in float64; differentiable."""
-    T, X = logits_TX.shape
-    bias = [0.0] * X if bias_X is None else [float(b) for b in bias_X.double()]
-    weights, chosen = [], []
-    for t in range(T):
-        z = logits_TX[t].double()
-        scores = torch.sigmoid(z) if score == "sigmoid" else torch.softmax(z, 0)
-        ids = choose(scores.tolist(), bias, top_k, num_groups, topk_groups)
-        if ids_Tk is not None and int(ids_Tk[t, 0]) >= 0:
-            ids = ids_Tk[t].tolist()
-        w = torch.stack([scores[x] for x in ids])
-        if norm:
-            w = w / (w.sum() + (1e-20 if score == "sigmoid" else 0.0))
-        weights.append(w * scale)
-        chosen.append(ids)
-    if not T:
-        return logits_TX.double()[:, :top_k], torch.zeros(0, top_k, dtype=torch.int64)
-    return torch.stack(weights), torch.tensor(chosen)
 
 
 def expert(row_C: Tensor, gate_up_GC: Tensor, down_CF: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_conformance.ops.question import cumulative
+
 LENGTHS = {
     "one token": ([1], [-1]),
     "ragged with an empty sequence": ([5, 0, 1, 7, 9, 30, 3], [-1] * 7),
@@ -24,10 +26,6 @@ def qkv(T: int, H: int, K: int, D: int, E: int, dtype: torch.dtype, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     shapes = ((T, H, D), (T, K, D), (T, K, E))
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
 
 def check_shared_prefix(

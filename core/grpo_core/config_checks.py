@@ -73,6 +73,12 @@ def _warnings(config: Config) -> Iterator[Finding]:
             f"rollout.{key}",
             f"rollout.{key} filters the sampled tokens, so rollout and trainer log-probs differ by design",
         )
+    if config.consistent and rollout.min_tokens > 0:
+        yield (
+            "rollout.min_tokens",
+            f"rollout.min_tokens {rollout.min_tokens} keeps end tokens from being drawn, which the"
+            " trainer does not know: up to there log-probs differ, in spite of consistent: true",
+        )
     updates = train.steps * algo.mini_batches * algo.epochs
     if train.warmup_steps >= updates:
         yield (

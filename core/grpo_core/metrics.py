@@ -45,6 +45,8 @@ RENAMED = {
 }
 """Trainers' names in metrics.jsonl; any other name without a slash goes under `policy/`."""
 
+ROUTING, ROUTING_MAX = "mismatch/routing_changed", "policy/routing_changed_max"
+
 
 def row_name(name: str) -> str:
     """Where a trainer's metric stands in metrics.jsonl."""
@@ -55,13 +57,15 @@ def merge_step_metrics(steps: Sequence[StepMetrics]) -> dict[str, float]:
     """Metrics of a step's optimizer steps: the highest of a maximum, the mean of the others.
 
     The gap between rollout and trainer is that of the first optimizer step, where both hold the same
-    weights.
+    weights; of the experts that differ, the largest share is given, too, where there are several steps.
     """
     row: dict[str, float] = {}
     for name in steps[0].values:
         values = [step.values[name] for step in steps]
         if name.startswith("mismatch/"):
             row[row_name(name)] = values[0]
+            if name == ROUTING and len(steps) > 1:
+                row[ROUTING_MAX] = max(values)
         elif name.endswith("_max"):
             row[row_name(name)] = max(values)
         else:

@@ -10,7 +10,7 @@ from .config import Config
 from .config_loader import LoadedConfig, merge_recipe
 from .devices.base import Device
 from .devices.pick import pick_device
-from .errors import ConfigError
+from .errors import ConfigError, PlanError
 from .impl import DeviceInfo
 from .model.arch import Arch
 from .model.hf_config import read_hf_config
@@ -20,6 +20,21 @@ from .needs import RunFacts, facts_of, needs_of
 from .plan import Plan
 from .plugins import load
 from .resolve import replay, resolve
+
+TOGETHER = (
+    (
+        "attention.varlen",
+        "attention.shared_prefix",
+        "attention.prefill",
+        "attention.decode",
+        "attention.step",
+    ),
+    ("mla.varlen", "mla.prefill", "mla.decode"),
+    ("gated_delta.chunk", "gated_delta.step"),
+    ("short_conv.varlen", "short_conv.step"),
+    ("linear.dense", "linear.packed", "loss.logprob", "sample.token"),
+)
+"""Ops between which one sequence goes back and forth in a consistent run: one offer serves all of a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +85,26 @@ def plan_run(
         plan = resolve(needs, catalogue, info, pins=pins, fallback=loaded.config.fallback)
     else:
         plan = replay(earlier, needs, catalogue, info, pins=pins)
+    if facts.consistent:
+        refuse_mixtures(plan)
     return PlannedRun(
         loaded=loaded, catalogue=catalogue, model_path=model_path, family=family, arch=arch, device=device,
         info=info, facts=facts, plan=plan,
     )  # fmt: skip
+
+
+def refuse_mixtures(plan: Plan) -> None:
+    """Raises `PlanError` where ops that must give the same bits are served by different offers."""
+    rows = {row.op: row for row in plan.choices if row.chosen and not row.covered_by}
+    for ops in TOGETHER:
+        chosen = {op: rows[op].chosen for op in ops if op in rows}
+        if len(set(chosen.values())) > 1:
+            raise PlanError(
+                f"consistent: true cannot mix the offers of {', '.join(chosen)}",
+                why="; ".join(f"{op} is served by {offer}" for op, offer in chosen.items())
+                + ": each is batch-invariant, but two implementations round differently",
+                fix="pin the same offer for all of them under `ops:`",
+            )
 
 
 def engine_pin(catalogue: Catalogue, op: str, engine: str) -> str:

@@ -76,3 +76,9 @@ def test_traps_are_warnings(override: str, told: str, capsys: pytest.CaptureFixt
     assert len(warnings) == 1
     assert told in warnings[0]
     assert capsys.readouterr() == ("", "")
+
+
+def test_end_tokens_held_back_are_told_in_consistent_mode() -> None:
+    (warning,) = parse_config(BASE, "run.yaml", ["consistent=true", "rollout.min_tokens=2"]).warnings
+    assert "rollout.min_tokens 2 keeps end tokens from being drawn" in warning
+    assert parse_config(BASE, "run.yaml", ["rollout.min_tokens=2"]).warnings == ()

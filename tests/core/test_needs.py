@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grpo_core.config import Config
+from grpo_core.errors import ConfigError
 from grpo_core.impl import DeviceInfo, Need
 from grpo_core.model.arch import Arch, Attention, DenseMLP, Layer, Rope
 from grpo_core.needs import RunFacts, facts_of, needs_of
@@ -102,3 +103,24 @@ def test_auto_dtypes(features: tuple[str, ...], train: str, rollout: str, expect
     info = DeviceInfo(type="cpu", features=frozenset(features))
     facts = facts_of(config(train={"dtype": train}, rollout={"dtype": rollout}), info)
     assert (facts.train_dtype, facts.rollout_dtype) == expected
+
+
+def test_consistent_runs_ask_every_op_that_a_sequence_passes_through() -> None:
+    facts = RunFacts(train_dtype="float32", rollout_dtype="float32", consistent=True)
+    asked = {need.op for need in needs_of(arch(), facts) if need.batch_invariant}
+    free = {need.op for need in needs_of(arch(), facts)} - asked
+    assert free == {"optim.adamw", "memory.allocator", "comm.collectives"}
+    assert not any(need.batch_invariant for need in needs_of(arch(), FACTS))
+
+
+def test_consistent_runs_refuse_two_dtypes() -> None:
+    train = {"data": {"train": "x"}, "rewards": [{"name": "exact"}], "model": "m", "consistent": True}
+    for rollout, message in (("auto", ""), ("float32", ""), ("bfloat16", "rollout in bfloat16")):
+        config = Config.model_validate(
+            {**train, "train": {"dtype": "float32"}, "rollout": {"dtype": rollout}}
+        )
+        if message:
+            with pytest.raises(ConfigError, match=message):
+                facts_of(config, DeviceInfo(type="cpu"))
+        else:
+            assert facts_of(config, DeviceInfo(type="cpu")).consistent

@@ -95,7 +95,7 @@ def test_a_limit_that_raises_refuses_its_offer_only() -> None:
     assert reason == "limits['dtype'] raised on 'bfloat16': ZeroDivisionError: odd limit"
 
 
-@pytest.mark.parametrize("flag", ["backward", "graph", "deterministic"])
+@pytest.mark.parametrize("flag", ["backward", "graph", "deterministic", "batch_invariant"])
 def test_a_flag_that_is_needed_must_be_offered(flag: str) -> None:
     need = replace(VARLEN, **{"backward": False, flag: True})
     catalogue = catalogue_of({"p": [offer(backward=False)], "q": [replace(FLOOR, **{flag: True})]})

@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_mixtures import write_tiny_mixture
 
 from grpo_core.checkpoint import checkpoints
 from grpo_core.cli.main import main
@@ -207,3 +209,105 @@ def test_model_that_does_not_exist(failing: Run, tiny_recipe: Path, tmp_path: Pa
 
 def test_resume_of_a_folder_that_is_no_run(failing: Run, tmp_path: Path) -> None:
     assert "not a run folder" in failing("train", "--resume", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("mixtures")
+    return {family: write_tiny_mixture(root / family, family) for family in ("deepseek_v3", "qwen3_next")}
+
+
+@pytest.fixture
+def deepseek(mixtures: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mixtures["deepseek_v3"], tmp_path / "deepseek"))
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("deepseek_v3", "scoring_func", "softmax"),
+        ("deepseek_v3", "topk_method", "greedy"),
+        ("deepseek_v3", "moe_layer_freq", 2),
+        ("deepseek_v3", "n_group", 5),
+        ("deepseek_v3", "num_experts_per_tok", 33),
+        ("qwen3_next", "attn_output_gate", False),
+        ("qwen3_next", "layer_types", ["linear_attention", "sliding_attention", "full_attention"]),
+        ("qwen3_next", "linear_num_value_heads", 3),
+        ("qwen3_next", "quantization_config", {"quant_method": "gptq"}),
+    ],
+)
+def test_setting_of_a_mixture_that_would_be_computed_wrongly(
+    command: str, family: str, key: str, value: object, failing: Run, tiny_recipe: Path,
+    mixtures: dict[str, Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    model = Path(shutil.copytree(mixtures[family], tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {key: value}))
+    assert key in failing(command, tiny_recipe, f"model={model}")
+
+
+EXPERT = "model.layers.1.mlp.experts.7.up_proj.weight"
+
+
+def rewrite(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The checkpoint with its tensors changed in place."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    assert EXPERT in tensors
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_expert_that_is_missing(failing: Run, tiny_recipe: Path, deepseek: Path) -> None:
+    rewrite(deepseek, lambda tensors: tensors.pop(EXPERT))
+    error = failing("train", tiny_recipe, f"model={deepseek}")
+    assert "missing" in error and EXPERT in error
+
+
+def test_shard_of_experts_that_is_missing(failing: Run, tiny_recipe: Path, deepseek: Path) -> None:
+    where: dict[str, str] = {}
+    lost = "model-00002-of-00002.safetensors"
+
+    def split(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            gone = ".experts." in name and name.startswith("model.layers.2.")
+            where[name] = lost if gone else "model-00001-of-00002.safetensors"
+            if gone:
+                tensors.pop(name)
+
+    rewrite(deepseek, split)
+    (deepseek / "model.safetensors").rename(deepseek / "model-00001-of-00002.safetensors")
+    (deepseek / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert lost in failing("train", tiny_recipe, f"model={deepseek}")
+
+
+def test_expert_that_holds_nan(failing: Run, tiny_recipe: Path, deepseek: Path) -> None:
+    rewrite(deepseek, lambda tensors: tensors[EXPERT][3, 2].fill_(float("nan")))
+    error = failing("train", tiny_recipe, f"model={deepseek}")
+    assert "NaN" in error and EXPERT in error
+
+
+def test_selection_bias_that_holds_infinity(failing: Run, tiny_recipe: Path, deepseek: Path) -> None:
+    bias = "model.layers.2.mlp.gate.e_score_correction_bias"
+    rewrite(deepseek, lambda tensors: tensors[bias][0].fill_(float("inf")))
+    assert bias in failing("train", tiny_recipe, f"model={deepseek}")
+
+
+def test_float8_expert_without_its_scale(failing: Run, tiny_recipe: Path, deepseek: Path) -> None:
+    import torch
+
+    config = json.loads((deepseek / "config.json").read_text())
+    blocks = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (deepseek / "config.json").write_text(json.dumps(config | {"quantization_config": blocks}))
+
+    def quantise(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            if name != EXPERT:
+                tensors[name + "_scale_inv"] = torch.ones(1, 1)
+
+    rewrite(deepseek, quantise)
+    error = failing("train", tiny_recipe, f"model={deepseek}")
+    assert EXPERT in error and "scale" in error

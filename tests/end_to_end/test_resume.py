@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_mixtures import write_echo_recipe, write_tiny_mixture
 
 TIMES = ("time/", "throughput/", "memory/")
 
@@ -36,7 +37,7 @@ import functools, os, signal, sys
 from grpo_core import loop
 from grpo_core.train import trainer
 from grpo_core import checkpoint
-phase, recipe = sys.argv[1:3]
+phase, recipe, *settings = sys.argv[1:]
 calls = 0
 
 def die(original, at):
@@ -56,7 +57,7 @@ elif phase == "training":
 else:
     checkpoint._flush = die(checkpoint._flush, 3)
 from grpo_core.cli.main import main
-sys.exit(main(["train", recipe]))
+sys.exit(main(["train", recipe, *settings]))
 """
 
 
@@ -71,6 +72,35 @@ def test_sigkill_then_resume_equals_the_unbroken_run(phase: str, tiny_recipe: Pa
     resumed = train("--resume", str(tmp_path / "run"))
     assert resumed.returncode == 0, resumed.stderr
     assert any(row["policy/grad_norm"] > 0 for row in rows(tmp_path / "unbroken")), "nothing was learned"
+    assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
+    assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("deepseek_v3", ("train.dtype=float32", "train.routing_replay=R3")),
+        ("qwen3_next", ("train.dtype=bfloat16", "train.routing_replay=R2", "algo.mini_batches=2")),
+    ],
+)
+def test_a_mixture_of_experts_resumes_as_a_dense_model_does(
+    family: str, settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    recipe = write_echo_recipe(tmp_path, write_tiny_mixture(tmp_path / "model", family))
+    settings = (*settings, "run.save_every=1")
+    unbroken = train(str(recipe), f"run.dir={tmp_path}/unbroken", *settings)
+    assert unbroken.returncode == 0, unbroken.stderr
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, "training", str(recipe), *settings], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 0 < len(rows(tmp_path / "run")) < 4
+    resumed = train("--resume", str(tmp_path / "run"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert all(row["policy/grad_norm"] > 0 for row in rows(tmp_path / "unbroken"))
+    assert all("mismatch/routing_free_changed" in row for row in rows(tmp_path / "unbroken"))
     assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
     assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
 

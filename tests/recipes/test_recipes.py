@@ -81,3 +81,35 @@ def test_the_quickstart_trains(tmp_path: Path) -> None:
     assert list((run / "checkpoints").glob("step-*/model.safetensors"))
     assert (run / "report.html").stat().st_size > 1000
     assert [name for row in rows for name in row if name != "step" and not documented(name)] == []
+
+
+PUBLISHED = ROOT / "tests" / "plugins" / "models" / "published"
+REAL = {
+    "moonlight-16b-a3b.yaml": ("Moonlight-16B-A3B-Instruct", "deepseek_v3", 2e-6),
+    "deepseek-v3.yaml": ("DeepSeek-V3-0324", "deepseek_v3", 7e-7),
+    "qwen3-next-80b-a3b.yaml": ("Qwen3-Next-80B-A3B-Instruct", "qwen3_next", 2e-6),
+    "qwen2.5-7b.yaml": ("Qwen2.5-7B", "qwen2_5", 1e-6),
+}
+
+
+@pytest.mark.parametrize("recipe", REAL)
+def test_a_recipe_of_a_real_model_leaves_the_familys_settings_alone(recipe: str, tmp_path: Path) -> None:
+    """Planned from the published config.json: the family serves it, and its advice is what the run gets."""
+    from grpo_core.planning import plan_run
+
+    name, family, lr = REAL[recipe]
+    written = load_config(ROOT / "recipes" / recipe)
+    assert written.config.model.rpartition("/")[2].removesuffix("-Instruct") == name.removesuffix("-Instruct")
+    (tmp_path / "config.json").write_text((PUBLISHED / f"{name}.json").read_text())
+    planned = plan_run(
+        load_config(ROOT / "recipes" / recipe, [f"model={tmp_path}", "device=cpu"]), weights=False
+    )
+    assert planned.family.name == family
+    train = planned.config.train
+    advice = planned.family.recipe(planned.arch, planned.info, 1)
+    assert train.lr == lr == advice["train.lr"].value
+    if family != "qwen2_5":
+        assert train.routing_replay == "R3"
+        assert train.router_dtype == advice["train.router_dtype"].value
+        assert planned.config.algo.mini_batches * planned.config.algo.epochs == 1
+    assert planned.loaded.warnings == ()

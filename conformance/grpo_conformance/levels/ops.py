@@ -18,13 +18,16 @@ from ..ops.table import FAMILIES
 WHOLE_DTYPES = 2
 """The first dtypes that an offer takes are asked about every shape, and are all that a quick run asks."""
 OUTSIDE = "a value that is not declared"
+THREADED = ("above 2^16 elements", "long sequences")
+"""Shapes that the host computes with all its threads. The others are too small to share out, and threads that
+wait for one another make them a hundred times slower where something else runs beside the suite."""
 
 
 def cases(target: Target, *, quick: bool) -> Iterable[Case]:
     """One case for each offer, dtype and named shape, offer by offer; and two of what offers declare."""
-    rows = [(offer, op) for op, row in target.offers.items() if op in FAMILIES for offer in row]
+    offers = [offer for op, row in target.offers.items() if op in FAMILIES for offer in row]
     order = {op: place for place, op in enumerate(CONTRACTS)}
-    for offer, op in sorted(rows, key=lambda row: (row[0].id, order[row[1]])):
+    for offer in sorted(offers, key=lambda one: (one.id, order[one.impl.op])):
         yield from _of_offer(offer, target.probe.info, quick)
 
 
@@ -84,14 +87,24 @@ def answers(
     target: Target, *, op: str, offer_id: str, dtype: str, shape: str, facts: Mapping[str, Any]
 ) -> Outcome:
     """The questions of one named shape."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if shape in THREADED else 1)
+    try:
+        return _asked(target, _offer(target, op, offer_id), dtype, shape, facts)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _asked(target: Target, offer: Offer, dtype: str, shape: str, facts: Mapping[str, Any]) -> Outcome:
     from ..ops.examine import Terms, examine
 
-    offer, family = _offer(target, op, offer_id), FAMILIES[op]
+    impl, family = offer.impl, FAMILIES[offer.impl.op]
     if family.questions is None:
         asked: Outcome = import_pointer(family.check)(target, offer, dtype=dtype, shape=shape, facts=facts)
         return asked
-    reference = CONTRACTS[op].reference
-    impl = offer.impl
+    reference = CONTRACTS[impl.op].reference
     terms = Terms(
         device=target.device.open(0), backward=impl.backward, deterministic=impl.deterministic,
         float64="float64" in target.probe.info.dtypes,
@@ -101,7 +114,7 @@ def answers(
         implementation = (import_pointer(_partner(target, family.partner, offer).impl.load), implementation)
     return examine(
         implementation,
-        family.questions(op, shape, facts, dtype),
+        family.questions(impl.op, shape, facts, dtype),
         import_pointer(reference) if reference else None,
         terms,
     )

@@ -96,7 +96,9 @@ def _question(
 
     def call(implementation: Any, given: Tensors) -> Tensor:
         named = {name: given[name] for name in given if name not in ("q", "k", "v")}
-        o_THE: Tensor = implementation(given["q"], given["k"], given["v"], max_seqlen=longest, **named, **rest)
+        o_THE: Tensor = implementation(
+            given["q"], given["k"], given["v"], max_seqlen=longest, **named, **rest
+        )
         return o_THE
 
     def oracle(given: Tensors) -> Tensor:

@@ -37,7 +37,9 @@ class Guarded:
         if bool(beyond.any()):
             first = int(beyond.nonzero()[0])
             start = int(self.inside.nonzero()[0]) if bool(self.inside.any()) else 0
-            return f"writes {int(beyond.sum())} elements outside of it, the first {first - start} from its start"
+            return (
+                f"writes {int(beyond.sum())} elements outside of it, the first {first - start} from its start"
+            )
         if not written and bool((changed & self.inside).any()):
             return f"changes {int((changed & self.inside).sum())} of its elements"
         return ""

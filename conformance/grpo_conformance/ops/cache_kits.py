@@ -13,19 +13,23 @@ from grpo_core.ops.attention import CacheSpec
 
 from . import oracles
 from .facts import Facts
-from .mla import expand, weights
+from .mla import expand
 from .question import normal
 
 KV_HEADS = 2
 LAYERS = 2
 EPS = 1e-6
+Reader = Callable[..., Tensor]
 
 
 class Kit(Protocol):
     """A token is a row of `width` numbers, whatever the cache makes of it."""
 
-    facts: Facts
-    dtype: torch.dtype
+    @property
+    def facts(self) -> Facts: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def width(self) -> int: ...
@@ -41,7 +45,7 @@ class Kit(Protocol):
         """What a layer's `write` takes."""
         ...
 
-    def read(self, op: Callable[..., Tensor], q: Tensor, layer: Any, window: int | None, **rest: Any) -> Tensor:
+    def read(self, op: Reader, q: Tensor, layer: Any, window: int | None, **rest: Any) -> Tensor:
         """Prefill or decode."""
         ...
 
@@ -87,7 +91,7 @@ class Heads:
         keys, values = rows.split([KV_HEADS * D, KV_HEADS * E], 1)
         return keys.unflatten(1, (KV_HEADS, D)), values.unflatten(1, (KV_HEADS, E))
 
-    def read(self, op: Callable[..., Tensor], q: Tensor, layer: Any, window: int | None, **rest: Any) -> Tensor:
+    def read(self, op: Reader, q: Tensor, layer: Any, window: int | None, **rest: Any) -> Tensor:
         return op(q, layer, scale=self.scale, window=window, **rest)
 
     def expect(self, rows: Tensor, q: Tensor, window: int | None) -> Tensor:
@@ -101,6 +105,8 @@ class Latents:
 
     facts: Facts
     dtype: torch.dtype
+    weight_HUL: Tensor
+    """w_uk and w_uv of each head, one below the other."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -133,14 +139,15 @@ class Latents:
         latent, turned = rows.split(list(self.sizes[:2]), 1)
         return latent, turned
 
-    def read(self, op: Callable[..., Tensor], q: Tensor, layer: Any, window: int | None, **rest: Any) -> Tensor:
-        rank, rope, nope = self.sizes
-        w_uk, w_uv = weights(self.facts, self.dtype).to(q.device).split([nope, int(self.facts["v_head_dim"])], 1)
+    def read(self, op: Reader, q: Tensor, layer: Any, window: int | None, **rest: Any) -> Tensor:
+        _, rope, nope = self.sizes
+        w_uk, w_uv = self.weight_HUL.to(q.device).split([nope, int(self.facts["v_head_dim"])], 1)
         q_nope, q_rope = q.split([nope, rope], -1)
         return op(q_nope, q_rope, layer, w_uk, w_uv, scale=self.scale, **rest)
 
     def expect(self, rows: Tensor, q: Tensor, window: int | None) -> Tensor:
-        keys, values = expand(rows, weights(self.facts, self.dtype), self.sizes[2])
+        nope = self.sizes[2]
+        keys, values = expand(rows, self.weight_HUL[:, :nope], self.weight_HUL[:, nope:])
         return _last(q, keys, values, self.scale, None)
 
 
@@ -173,7 +180,9 @@ class Stepped:
             "slots": torch.tensor(slots),
         }
         if kit.facts["qk_norm"]:
-            tensors |= {name: 1 + normal(generator, D, dtype=kit.dtype, scale=0.2) for name in ("q_norm", "k_norm")}
+            tensors |= {
+                name: 1 + normal(generator, D, dtype=kit.dtype, scale=0.2) for name in ("q_norm", "k_norm")
+            }
         return cls(tensors=tensors)
 
     def rest(self, kit: Heads, window: int | None) -> dict[str, Any]:

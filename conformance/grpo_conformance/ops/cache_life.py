@@ -68,8 +68,10 @@ class Life:
             self._guarded("write", given, lambda x, layer=layer: self.cache.layers[layer].write(
                 x["first"], x["second"], slots_T=x["slots"], positions_T=x["positions"]))  # fmt: skip
 
-    def ask(self, sequences: Sequence[int], counts: Sequence[int] | None = None, window: int | None = None) -> None:
-        """Prefill with the last `counts` tokens of each, or decode with the last one, where that is offered."""
+    def ask(
+        self, sequences: Sequence[int], counts: Sequence[int] | None = None, window: int | None = None
+    ) -> None:
+        """Prefill with the last `counts` tokens of each, or decode with the last one, if that is offered."""
         op = self.readers.get("decode" if counts is None else "prefill")
         each = [1] * len(sequences) if counts is None else list(counts)
         q = normal(self.generator, sum(each), *self.kit.queries, dtype=self.kit.dtype)
@@ -116,8 +118,8 @@ class Life:
         return answer
 
     def _compare(
-        self, name: str, o: Tensor, sequences: Sequence[int], counts: Sequence[int], queries: Sequence[Tensor],
-        window: int | None,
+        self, name: str, o: Tensor, sequences: Sequence[int], counts: Sequence[int],
+        queries: Sequence[Tensor], window: int | None,
     ) -> None:  # fmt: skip
         """Keep what came and what should have come, but for sequences of NaN."""
         parts = o.detach().cpu().split(list(counts)) if len(o) == sum(counts) else None

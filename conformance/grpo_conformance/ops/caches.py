@@ -27,6 +27,7 @@ from .facts import Facts, refused
 from .family import Family
 from .mla import ENDS as LATENT_ENDS
 from .mla import SIZES as LATENT_AXES
+from .mla import weights
 from .question import DTYPES, Question
 
 SLOTS, TOKENS = 16, 1200
@@ -77,8 +78,9 @@ def check(target: Target, offer: Offer, *, dtype: str, shape: str, facts: Facts)
 
 def kit_of(cache_op: str, facts: Facts, dtype: torch.dtype) -> Kit:
     """The kind of tokens that a cache holds."""
-    kind = Heads if cache_op == "attention.cache" else Latents
-    return kind(facts=facts, dtype=dtype)
+    if cache_op == "attention.cache":
+        return Heads(facts=facts, dtype=dtype)
+    return Latents(facts=facts, dtype=dtype, weight_HUL=weights(facts, dtype))
 
 
 def live(
@@ -174,16 +176,24 @@ def _readers(target: Target, offer: Offer, cache: Offer, facts: Facts) -> dict[s
     return found
 
 
-STEP_AXES = {**HEAD_AXES, "qk_norm": (False, True), "interleaved": (False, True), "rotary_dim": (32, 16, 64, 128)}
+STEP_AXES = {
+    **HEAD_AXES,
+    "qk_norm": (False, True),
+    "interleaved": (False, True),
+    "rotary_dim": (32, 16, 64, 128),
+}
 WINDOWS: Mapping[str, Facts] = {"windows": {"window": True}, "wider values": {"v_head_dim": 64}}
 _CHECK = f"{__name__}:check"
+ROWS = (
+    ("attention.cache", {**CACHE, **WINDOWS}, HEAD_AXES, HEAD_ENDS),
+    ("attention.prefill", {**READER, **WINDOWS}, HEAD_AXES, HEAD_ENDS),
+    ("attention.decode", {**READER, **WINDOWS}, HEAD_AXES, HEAD_ENDS),
+    ("attention.step", STEP, STEP_AXES, HEAD_ENDS),
+    ("mla.cache", CACHE, LATENT_AXES, LATENT_ENDS),
+    ("mla.prefill", READER, LATENT_AXES, LATENT_ENDS),
+    ("mla.decode", READER, LATENT_AXES, LATENT_ENDS),
+)
 FAMILIES = {
-    **{op: Family(axes=HEAD_AXES, shapes={**shapes, **WINDOWS}, quick=QUICK, questions=None, check=_CHECK,
-                  ends=HEAD_ENDS)
-       for op, shapes in (("attention.cache", CACHE), ("attention.prefill", READER), ("attention.decode", READER))},
-    "attention.step": Family(
-        axes=STEP_AXES, shapes=STEP, quick=QUICK, questions=None, check=_CHECK, ends=HEAD_ENDS
-    ),
-    **{op: Family(axes=LATENT_AXES, shapes=shapes, quick=QUICK, questions=None, check=_CHECK, ends=LATENT_ENDS)
-       for op, shapes in (("mla.cache", CACHE), ("mla.prefill", READER), ("mla.decode", READER))},
-}  # fmt: skip
+    op: Family(axes=axes, shapes=shapes, quick=QUICK, questions=None, check=_CHECK, ends=ends)
+    for op, shapes, axes, ends in ROWS
+}

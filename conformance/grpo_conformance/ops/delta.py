@@ -24,11 +24,16 @@ LENGTHS: Mapping[str, list[int]] = {
     "no tokens": [0, 0],
 }
 WHOLE: Mapping[str, Facts] = {
-    **dict.fromkeys(LENGTHS, {}), "above 2^16 elements": {}, "isolation": {}, "rows with gaps": {},
+    **{name: {} for name in LENGTHS}, "above 2^16 elements": {}, "isolation": {}, "rows with gaps": {},
     "zero start": {}, "output alone": {},
 }  # fmt: skip
 DECAYS: Mapping[str, Facts] = {"no decay": {}, "strong decay": {}, "mixed decay": {}}
-STEPS: Mapping[str, Facts] = {"one row": {}, "scattered slots": {}, "above 2^16 elements": {}, "isolation": {}}
+STEPS: Mapping[str, Facts] = {
+    "one row": {},
+    "scattered slots": {},
+    "above 2^16 elements": {},
+    "isolation": {},
+}
 QUICK = ("ragged", "above 2^16 elements", "isolation", "mixed decay", "scattered slots")
 DELTA_AXES: Mapping[str, Sequence[Any]] = {
     "key_head_dim": (16, 32, 64, 128), "value_head_dim": (16, 32, 64, 128), "num_value_groups": (2, 1, 4),
@@ -54,6 +59,10 @@ def chunk_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Q
     if shape == "isolation":
         question = _one_sick(question, lengths, ("q", "k", "v", "g", "beta"), ("o", "last state"))
     yield question
+
+
+def _five(given: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return given["q"], given["k"], given["v"], given["g"], given["beta"]
 
 
 def _tokens(facts: Facts, dtype: torch.dtype, T: int, heads: int, label: str) -> dict[str, Tensor]:
@@ -86,15 +95,14 @@ def _chunk(label: str, facts: Facts, dtype: torch.dtype, lengths: list[int], hea
 
     def call(implementation: Any, given: Tensors) -> Any:
         o_TKE, last = implementation(
-            *(given[name] for name in ("q", "k", "v", "g", "beta")), cu_seqlens=given["cu_seqlens"],
+            *_five(given), cu_seqlens=given["cu_seqlens"],
             scale=SCALE, initial_state_SKDE=given.get("state"), final_state=final,
         )  # fmt: skip
         # A state that nobody asked for must not come: laid out as a result too many.
         return o_TKE, last
 
     def oracle(given: Tensors) -> Any:
-        parts = (given[name] for name in ("q", "k", "v", "g", "beta"))
-        o_TKE, last = delta_rule(*parts, given.get("state"), lengths, SCALE)
+        o_TKE, last = delta_rule(*_five(given), given.get("state"), lengths, SCALE)
         return (o_TKE, last) if final else o_TKE
 
     return Question(
@@ -117,12 +125,10 @@ def delta_step_questions(op: str, shape: str, facts: Facts, dtype: str) -> Itera
     tensors["slots"] = slots
 
     def call(implementation: Any, given: Tensors) -> Any:
-        parts = (given[name] for name in ("q", "k", "v", "g", "beta"))
-        return implementation(*parts, state_NKDE=given["state"], slots=given["slots"], scale=SCALE)
+        return implementation(*_five(given), state_NKDE=given["state"], slots=given["slots"], scale=SCALE)
 
     def oracle(given: Tensors) -> tuple[Tensor, Tensor]:
-        parts = (given[name] for name in ("q", "k", "v", "g", "beta"))
-        o_BKE, last = delta_rule(*parts, given["state"][slots], [1] * B, SCALE)
+        o_BKE, last = delta_rule(*_five(given), given["state"][slots], [1] * B, SCALE)
         return o_BKE, given["state"].index_copy(0, slots, last)
 
     question = Question(

@@ -128,7 +128,8 @@ def packed_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[
 def logprob_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Question]:
     """Both results and the gradients through both, then through each alone."""
     C, V, generator = int(facts["hidden_size"]), int(facts["vocab_size"]), seeded(46)
-    T = {"one token": 1, "no tokens": 0, "above 2^16 elements": 65536 // V + 2}.get(shape, 6)
+    T = {"one token": 1, "no tokens": 0, "above 2^16 elements": 65536 // V + 2,
+         "vocabulary above 2^16": 2}.get(shape, 6)  # fmt: skip
     temperature = 0.6 if shape == "temperature" else 1.0
     size = 30.0 if shape == "large logits" else 2.0
     tensors = {
@@ -141,26 +142,21 @@ def logprob_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable
     largest = 4 * size / temperature
     for chosen in ((0, 1), (0,), (1,)) if shape == "usual" else ((0, 1),):
         names = tuple(("log-probs", "entropies")[i] for i in chosen)
+
+        def call(implementation: Any, given: Tensors, chosen: Sequence[int] = chosen) -> Any:
+            hidden, head, labels = given["hidden"], given["head"], given["labels"]
+            return _picked(implementation(hidden, head, labels, temperature=temperature, group=None), chosen)
+
+        def oracle(given: Tensors, chosen: Sequence[int] = chosen) -> Any:
+            hidden, head, labels = given["hidden"], given["head"], given["labels"]
+            return _picked(oracles.logprob(hidden, head, labels, temperature), chosen)
+
+        # Log-probs are differences of logits, which a product in the dtype may give rounded.
         yield Question(
-            label=shape if len(chosen) == 2 else f"{shape}, {names[0]} alone",
-            tensors=tensors,
-            call=lambda implementation, given, chosen=chosen: _picked(
-                implementation(
-                    given["hidden"], given["head"], given["labels"], temperature=temperature, group=None
-                ),
-                chosen,
-            ),
-            oracle=lambda given, chosen=chosen: _picked(
-                oracles.logprob(given["hidden"], given["head"], given["labels"], temperature), chosen
-            ),
-            dtype=DTYPES[dtype],
-            names=names,
-            differentiable=("hidden", "head"),
-            # Differences of logits, which a product in the dtype may give rounded.
-            magnitudes={"log-probs": largest, "entropies": largest},
-            seed=46,
-            **_sick(shape, names, T),
-        )
+            label=shape if len(chosen) == 2 else f"{shape}, {names[0]} alone", tensors=tensors, call=call,
+            oracle=oracle, dtype=DTYPES[dtype], names=names, differentiable=("hidden", "head"), seed=46,
+            magnitudes={"log-probs": largest, "entropies": largest}, **_sick(shape, names, T),
+        )  # fmt: skip
 
 
 def _picked(results: Any, chosen: Sequence[int]) -> tuple[Tensor, ...]:
@@ -208,7 +204,12 @@ def adamw_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Q
             grads = [given[f"grad {i} {step}"] * grad_scale for step in range(STEPS)]
             state = (given[f"param {i}"], given[f"exp_avg {i}"], given[f"exp_avg_sq {i}"])
             param, first, second = _adamw(*state, grads, decays[i])
-            after |= {f"param {i}": param, f"exp_avg {i}": first, f"exp_avg_sq {i}": second, f"copy {i}": param}
+            after |= {
+                f"param {i}": param,
+                f"exp_avg {i}": first,
+                f"exp_avg_sq {i}": second,
+                f"copy {i}": param,
+            }
         return [after[name] for name in written]
 
     yield Question(
@@ -230,10 +231,10 @@ def _adamw(
     return param, first, second
 
 
-PACKED = {name: {} for name in SIZES if not name.startswith("main")}
+PACKED: Mapping[str, Facts] = {name: {} for name in SIZES if not name.startswith("main")}
 FAMILIES = {
     "linear.dense": Family(
-        axes={}, shapes=dict.fromkeys(SIZES, {}), quick=LINEAR_QUICK, questions=dense_questions,
+        axes={}, shapes={name: {} for name in SIZES}, quick=LINEAR_QUICK, questions=dense_questions,
         trained=("main gradient", "main gradient without bias"),
     ),
     "linear.packed": Family(axes={}, shapes=PACKED, quick=LINEAR_QUICK, questions=packed_questions),
@@ -242,7 +243,7 @@ FAMILIES = {
         ends=LOGPROB_ENDS,
     ),
     "optim.adamw": Family(
-        axes={}, shapes=dict.fromkeys(TENSORS, {}), quick=("usual",), questions=adamw_questions,
+        axes={}, shapes={name: {} for name in TENSORS}, quick=("usual",), questions=adamw_questions,
         dtypes=("float32",),
     ),
 }  # fmt: skip

@@ -25,8 +25,8 @@ SIZES: Mapping[str, Sequence[Any]] = {
 AXES: Mapping[str, Sequence[Any]] = {**SIZES, "shared_prefix": (False, True)}
 ENDS: Mapping[str, tuple[tuple[str, ...], tuple[int, int]]] = {
     "value head dim": (("v_head_dim",), (8, 128)),
-    "latent rank": (("kv_lora_rank",), (8, 512)),
-    "heads": (("num_attention_heads",), (1, 16)),
+    "latent rank": (("kv_lora_rank",), (8, 128)),
+    "heads": (("num_attention_heads",), (1, 6)),
 }
 TOKENS = ("q_nope", "q_rope", "latent", "k_rope")
 SHAPES: Mapping[str, Facts] = {
@@ -38,12 +38,12 @@ SHAPES: Mapping[str, Facts] = {
 QUICK = ("ragged", "families", "isolation")
 
 
-def expand(rows: Tensor, w_HUL: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+def expand(rows: Tensor, w_uk_HNL: Tensor, w_uv_HEL: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of rows [latent | rotary key], head by head in float64."""
-    latent = w_HUL.shape[2]
+    latent = w_uk_HNL.shape[2]
     c, turned = rows[:, :latent].double(), rows[:, latent:].double()
-    keys = [torch.cat([c @ w.double().T, turned], 1) for w in w_HUL[:, :nope]]
-    return torch.stack(keys, 1), torch.stack([c @ w.double().T for w in w_HUL[:, nope:]], 1)
+    keys = [torch.cat([c @ w.double().T, turned], 1) for w in w_uk_HNL]
+    return torch.stack(keys, 1), torch.stack([c @ w.double().T for w in w_uv_HEL], 1)
 
 
 def weights(facts: Facts, dtype: torch.dtype) -> Tensor:
@@ -56,7 +56,9 @@ def weights(facts: Facts, dtype: torch.dtype) -> Tensor:
 def questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Question]:
     """Outputs, and the gradients of queries, latents, rotary keys and both weights."""
     lengths, parents = LENGTHS.get(shape, LENGTHS["ragged"])
-    question = _question(shape, facts, DTYPES[dtype], lengths, parents, 6.0 if shape == "large scores" else 1.0)
+    question = _question(
+        shape, facts, DTYPES[dtype], lengths, parents, 6.0 if shape == "large scores" else 1.0
+    )
     if shape == "rows with gaps":
         question = replace(question, padded=TOKENS)
     if shape == "isolation":
@@ -97,7 +99,8 @@ def _question(
         )  # fmt: skip
 
     def oracle(given: Tensors) -> Tensor:
-        keys, values = expand(torch.cat([given["latent"], given["k_rope"]], 1), given["weight"], nope)
+        w_uk, w_uv = given["weight"][:, :nope], given["weight"][:, nope:]
+        keys, values = expand(torch.cat([given["latent"], given["k_rope"]], 1), w_uk, w_uv)
         return oracles.attention(
             torch.cat([given["q_nope"], given["q_rope"]], -1), keys, values, lengths=lengths,
             parents=parents, scale=scale, causal=True, window=None,

@@ -53,8 +53,8 @@ IDS: Mapping[str, tuple[int, int]] = {
     "all tokens to one expert": (8, 1), "tokens to all experts": (4, 12), "above 2^16 elements": (1500, 2),
     "isolation": (7, 2),
 }  # fmt: skip
-QUICK = ("ties", "replay", "groups", "infinite and large logits", "uneven", "all tokens to one expert", "usual",
-         "isolation", "above 2^16 elements")  # fmt: skip
+QUICK = ("ties", "replay", "groups", "infinite and large logits", "uneven", "all tokens to one expert",
+         "usual", "isolation", "above 2^16 elements")  # fmt: skip
 
 
 def route_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Question]:
@@ -72,7 +72,8 @@ def route_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Q
     for norm in (True, False):
         yield _route(
             f"{shape}, {'normalised' if norm else 'as scored'}", logits, bias, ids,
-            top_k=top_k, score=facts["score"], num_groups=groups, topk_groups=topk_groups, norm=norm, scale=2.5,
+            top_k=top_k, score=facts["score"], num_groups=groups, topk_groups=topk_groups, norm=norm,
+            scale=2.5,
         )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def _route(label: str, logits: Tensor, bias: Tensor | None, ids: Tensor | None, 
 
 
 def _ids(shape: str, X: int, usual_k: int) -> Tensor:
-    T, k = IDS[shape] if shape in IDS else (7, usual_k)
+    T, k = IDS.get(shape, (7, usual_k))
     if shape == "all tokens to one expert":
         return torch.full((T, 1), X // 2)
     return torch.rand(T, X, generator=seeded(32)).argsort(1)[:, : min(k, X)]
@@ -158,7 +159,9 @@ def combine_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable
         "weights": normal(generator, T, k, dtype=wide),
         "ids": ids,
     }
-    order = sorted((int(expert), token, place) for token, row in enumerate(ids) for place, expert in enumerate(row))
+    order = sorted(
+        (int(expert), token, place) for token, row in enumerate(ids) for place, expert in enumerate(row)
+    )
     row_of = torch.zeros(T, k, dtype=torch.int64)
     for row, (_, token, place) in enumerate(order):
         row_of[token, place] = row
@@ -247,9 +250,7 @@ def four_parts(
 ) -> tuple[Tensor, Tensor]:
     """`moe.layer` from core's references."""
     weights_Tk, ids_Tk = reference.route(logits_TX, **how)
-    rows_RC, counts_X, record = reference.dispatch(
-        x_TC, ids_Tk, num_experts=logits_TX.shape[1], group=group
-    )
+    rows_RC, counts_X, record = reference.dispatch(x_TC, ids_Tk, num_experts=logits_TX.shape[1], group=group)
     rows_RC = reference.experts(rows_RC, gate_up_XGC, down_XCF, counts_X)
     return reference.combine(rows_RC, weights_Tk, record), ids_Tk
 
@@ -261,18 +262,20 @@ def _sick_token(shape: str, name: str, rows: int, judged: Mapping[str, Tensor]) 
     return {"poison": {name: 3}, "judged": {**judged, f"gradient of {name}": torch.arange(rows) != 3}}
 
 
-LAYERS = {name: {} for name in ("usual", "one token", "no tokens", "all tokens to one expert")}
+LAYERS: Mapping[str, Facts] = {
+    name: {} for name in ("usual", "one token", "no tokens", "all tokens to one expert")
+}
 FAMILIES = {
     "moe.route": Family(
         axes=ROUTED_AXES, shapes=ROUTE_SHAPES, quick=QUICK, questions=route_questions, ends=EXPERT_ENDS,
         dtypes=("float32", "float64"), dtype_fact="router_dtype",
     ),
     "moe.dispatch": Family(
-        axes=SIZED_AXES, shapes=dict.fromkeys(IDS, {}), quick=QUICK, questions=dispatch_questions,
+        axes=SIZED_AXES, shapes={name: {} for name in IDS}, quick=QUICK, questions=dispatch_questions,
         ends=EXPERT_ENDS,
     ),
     "moe.experts": Family(
-        axes=SIZED_AXES, shapes={**dict.fromkeys(COUNTS, {}), "isolation": {}}, quick=QUICK,
+        axes=SIZED_AXES, shapes={**{name: {} for name in COUNTS}, "isolation": {}}, quick=QUICK,
         questions=experts_questions, ends=SIZE_ENDS,
     ),
     "moe.combine": Family(

@@ -67,7 +67,8 @@ def logprob(
     """Log-probabilities of the labels and entropies, through all logits at once."""
     logits = hidden_TC.double() @ head_VC.double().T / temperature
     chosen = torch.log_softmax(logits, -1).gather(1, labels_T[:, None])[:, 0]
-    return chosen, torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+    p = torch.softmax(logits, -1)
+    return chosen, torch.special.entr(p).sum(-1)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def _one_sick_row(question: Question, inputs: Sequence[str], results: Sequence[s
     return replace(question, poison=dict.fromkeys(given, 4), judged=dict.fromkeys(judged, clean))
 
 
-COMMON: Mapping[str, Facts] = {**dict.fromkeys(ROWS, {}), "rows with gaps": {}, "isolation": {}}
+COMMON: Mapping[str, Facts] = {**{name: {} for name in ROWS}, "rows with gaps": {}, "isolation": {}}
 SIZES: Mapping[str, Facts] = {"small values": {}, "large values": {}}
 PAIRED: Mapping[str, Facts] = {"interleaved": {"interleaved": True}, "part of the head": {"rotary_dim": 16}}
 FAMILIES = {
@@ -155,6 +155,7 @@ FAMILIES = {
         axes=ROPE_AXES, shapes={**COMMON, **PAIRED}, quick=QUICK, questions=rope_questions, ends=ROPE_ENDS
     ),
     "mlp.swiglu": Family(
-        axes=SWIGLU_AXES, shapes={**COMMON, **SIZES}, quick=QUICK, questions=swiglu_questions, ends=SWIGLU_ENDS
+        axes=SWIGLU_AXES, shapes={**COMMON, **SIZES}, quick=QUICK, questions=swiglu_questions,
+        ends=SWIGLU_ENDS,
     ),
 }  # fmt: skip

@@ -63,11 +63,11 @@ def questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Questio
     settings = _settings(FILTERS.get(shape, {}), rows)
     tensors: dict[str, Tensor] = {"logits": logits, "temperature": settings["temperature"]}
     tensors |= {name: settings[name] for name in ("top_k", "top_p", "min_p") if name in settings}
-    u, ids, logprob, logprob1 = [], [], [], []
-    for row in range(rows):
-        drawn = _draw(shape, row, logits[row], {name: float(x[row]) for name, x in settings.items()})
-        for place, value in zip((u, ids, logprob, logprob1), drawn, strict=True):
-            place.append(value)
+    drawn = [
+        _draw(shape, row, logits[row], {name: float(x[row]) for name, x in settings.items()})
+        for row in range(rows)
+    ]
+    u, ids, logprob, logprob1 = zip(*drawn, strict=True)
     tensors["u"] = torch.tensor(u, dtype=torch.float64)
     answers = (
         torch.tensor(ids, dtype=torch.int64),
@@ -75,7 +75,9 @@ def questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Questio
         torch.tensor(logprob1, dtype=torch.float64),
     )
     # A log-prob is a difference of tempered logits, which float32 rounds by their size.
-    largest = float(logits.double().nan_to_num(neginf=0.0).abs().max() / settings["temperature"].clamp_min(0.2).min())
+    largest = float(
+        logits.double().nan_to_num(neginf=0.0).abs().max() / settings["temperature"].clamp_min(0.2).min()
+    )
 
     def call(implementation: Any, given: Tensors) -> Any:
         return implementation(
@@ -113,7 +115,9 @@ def _settings(chosen: Mapping[str, Sequence[float]], rows: int) -> dict[str, Ten
     }
 
 
-def _draw(shape: str, row: int, logits_V: Tensor, how: Mapping[str, float]) -> tuple[float, int, float, float]:
+def _draw(
+    shape: str, row: int, logits_V: Tensor, how: Mapping[str, float]
+) -> tuple[float, int, float, float]:
     """(u, token, its log-prob, its log-prob under temperature 1)."""
     plain = torch.log_softmax(logits_V.double(), 0)
     if how["temperature"] == 0:
@@ -137,6 +141,10 @@ def _draw(shape: str, row: int, logits_V: Tensor, how: Mapping[str, float]) -> t
 
 FAMILIES = {
     "sample.token": Family(
-        axes=AXES, shapes=dict.fromkeys((*FILTERS, *OTHERS), {}), quick=QUICK, questions=questions, ends=ENDS
+        axes=AXES,
+        shapes={name: {} for name in (*FILTERS, *OTHERS)},
+        quick=QUICK,
+        questions=questions,
+        ends=ENDS,
     )
 }

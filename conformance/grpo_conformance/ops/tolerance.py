@@ -19,6 +19,7 @@ one order of sums to the next, and is allowed `LARGEST` times as much.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,8 @@ def allowed(reference_error: float, scale: float, dtype: torch.dtype) -> float:
     """The formula above."""
     u = roundoff(dtype)
     smallest = float(torch.finfo(dtype).smallest_normal) * 2 * u
-    return min(MULTIPLE * reference_error, u**0.5 * scale) + ROUNDINGS * (u * scale + smallest)
+    excused = min(MULTIPLE * reference_error, math.sqrt(u) * scale)
+    return excused + ROUNDINGS * (u * scale + smallest)
 
 
 def gaps(

@@ -1,1 +1,1 @@
-"""The simulated accelerator: a torch device of its own for tests, an ordinary plugin, never chosen by itself."""
+"""The simulated accelerator: a torch device of its own, an ordinary plugin, never chosen by itself."""

@@ -50,7 +50,7 @@ class PagedLayer:
 
 
 class PagedCache(SlotCache[PageTable, PagedLayer]):
-    """See `grpo_core.ops.attention.KVCache`. Full pages of a prefix are shared, what begins a page is copied."""
+    """See `grpo_core.ops.attention.KVCache`. A prefix's full pages are shared, the rest is copied."""
 
     def __init__(self, spec: CacheSpec) -> None:
         table = PageTable(spec.max_slots, spec.max_tokens, spec.device)

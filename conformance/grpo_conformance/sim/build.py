@@ -1,8 +1,8 @@
 """Builds the simulated device's C++ backend, once per machine and torch version.
 
-It is compiled on first use into `~/.cache/grpo-core/sim/<key>/sim.so`, where the key is a hash of the sources,
-the flags and torch's version. Processes that come at the same time wait for the one that builds; the library
-appears under its name only when it is whole.
+It is compiled on first use into `~/.cache/grpo-core/sim/<key>/sim.so`, where the key is a hash of the
+sources, the flags and torch's version. Processes that come at the same time wait for the one that builds; the
+library appears under its name only when it is whole.
 """
 
 from __future__ import annotations

@@ -69,9 +69,7 @@ class SimGroup:
         if not 0 <= src < self.size:
             raise ValueError(f"a group of {self.size} ranks has no rank {src}")
         flat = x.contiguous()
-        self._run(
-            "broadcast", lambda: dist.broadcast(_alias(flat), src=self.ranks[src], group=self._handle)
-        )
+        self._run("broadcast", lambda: dist.broadcast(_alias(flat), src=self.ranks[src], group=self._handle))
         if flat is not x:
             x.copy_(flat)
 
@@ -86,9 +84,7 @@ class SimGroup:
             raise ValueError(f"{x.shape[0]} rows against counts {sends} and {receives} for {self.size} ranks")
         out = x.new_empty(sum(receives), *x.shape[1:])
         to, rows = _alias(out), _alias(x.contiguous())
-        self._run(
-            "all_to_all", lambda: dist.all_to_all_single(to, rows, receives, sends, group=self._handle)
-        )
+        self._run("all_to_all", lambda: dist.all_to_all_single(to, rows, receives, sends, group=self._handle))
         return out
 
     def gather_objects(self, obj: object) -> list[object]:

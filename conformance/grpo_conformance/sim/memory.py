@@ -15,19 +15,18 @@ from .runtime import index_of, ops
 
 
 class SimMemory:
-    """See `grpo_core.ops.memory.Memory`, for the device that is selected when it is made.
+    """See `grpo_core.ops.memory.Memory`, for the selected device.
 
     The tags are the reference's, which resizes storages of any device. There is no caching: what is reserved
     is what is allocated.
     """
 
     def __init__(self) -> None:
-        self.index = index_of()
         self.tags = HostMemory()
 
     def stats(self) -> MemoryStats:
         """See `Memory.stats`; all of the device's tensors count, held or not."""
-        allocated, peak, *_ = ops.account(self.index)
+        allocated, peak, *_ = ops.account(index_of())
         tagged = self.tags.stats()
         return MemoryStats(
             allocated=allocated, reserved=allocated, peak=peak, by_tag=tagged.by_tag, asleep=tagged.asleep
@@ -35,7 +34,7 @@ class SimMemory:
 
     def reset_peak(self) -> None:
         """See `Memory.reset_peak`."""
-        ops.reset_peak(self.index)
+        ops.reset_peak(index_of())
 
     def pool(self, tag: str) -> AbstractContextManager[None]:
         """See `Memory.pool`; only `hold` counts towards a tag."""

@@ -97,7 +97,7 @@ class PageTable:
         return self._slots[slot].pages[number]
 
     def rows(self, slots_T: Tensor, positions_T: Tensor) -> Tensor:
-        """Rows int64 [T] of a pool of [pages * PAGE]. Raises IndexError for a position outside of its slot."""
+        """Rows int64 [T] of [pages * PAGE]. Raises IndexError for a position outside of its slot."""
         outside_T = (positions_T < 0) | (positions_T >= self.length_S[slots_T])
         if bool(outside_T.any()):
             at = int(outside_T.nonzero()[0])

@@ -1,4 +1,4 @@
-"""sample.token of a device without float64: the draw is made on the host, exactly, for logits of the device."""
+"""sample.token of a device without float64: the draw is made on the host, exactly."""
 
 from __future__ import annotations
 

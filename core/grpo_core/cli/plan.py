@@ -128,6 +128,8 @@ def _print_head(planned: PlannedRun) -> None:
     print(f"model   {planned.config.model} ({planned.family.name}, {len(planned.arch.layers)} layers)")
     print(f"device  {planned.device.name} ({info.name or info.type}{count})")
     print(f"dtype   train {facts.train_dtype}, rollout {facts.rollout_dtype}")
+    if facts.consistent:
+        print("mode    consistent: offers that are not batch-invariant are passed over (see --why)")
     print(f"plan    {planned.plan.id}\n")
 
 

@@ -36,7 +36,7 @@ class TorchDevice:
     packages: tuple[str, ...] = ()
     """Top-level modules that must be importable, the first of them imported by `open`."""
     files: str = ""
-    """Glob pattern of the device files, one a device: "/dev/acme[0-9]*". Empty: `count` devices are assumed."""
+    """Glob pattern of the device files, one a device: "/dev/acme[0-9]*". Empty: there are `count` devices."""
     count: int = 1
     """Devices where no file tells how many there are."""
     dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})

@@ -33,20 +33,29 @@ class DecodePlan:
     """int64 keys of each sequence."""
     prefix_B: Tensor
     """int64 how many of them are shared."""
+    positions: Tensor
+    """int64 [B, P + S] of all keys."""
+    there: Tensor
+    """bool [B, P + S]; which keys a sequence has."""
     N: int
     M: int
     P: int
     S: int
 
-    def mask_BS(self, window: int | None) -> Tensor:
-        """bool [B, P + S]: which keys are there and within the window."""
-        at_P, at_S = torch.arange(self.P), torch.arange(self.S)
-        position_BP = at_P.expand(self.length_B.numel(), self.P)
-        position_BS = self.prefix_B[:, None] + at_S
-        position = torch.cat([position_BP, position_BS], 1)
-        shared_B = torch.minimum(self.prefix_B, self.length_B)
-        own = torch.cat([position_BP < shared_B[:, None], position_BS < self.length_B[:, None]], 1)
-        return own if window is None else own & (self.length_B[:, None] - 1 - position < window)
+    def hidden(self, window: int | None) -> Tensor:
+        """bool [B, P + S]: which keys are not there or not within the window."""
+        if window is None:
+            return ~self.there
+        return ~self.there | (self.length_B[:, None] - 1 - self.positions >= window)
+
+
+def _keys(prefix_B: Tensor, length_B: Tensor, P: int, S: int) -> tuple[Tensor, Tensor]:
+    """(positions, there) of a plan."""
+    position_BP = torch.arange(P).expand(length_B.numel(), P)
+    position_BS = prefix_B[:, None] + torch.arange(S)
+    shared_B = torch.minimum(prefix_B, length_B)
+    there = torch.cat([position_BP < shared_B[:, None], position_BS < length_B[:, None]], 1)
+    return torch.cat([position_BP, position_BS], 1), there
 
 
 class SharedTable(TokenTable):
@@ -135,11 +144,12 @@ class SharedTable(TokenTable):
         ends_N1 = torch.tensor([shared[group[0]][1] - 1 for group in groups], dtype=torch.int64)[:, None]
         at_NP = torch.minimum(torch.arange(P), ends_N1)
         first = torch.tensor([numbers[group[0]] for group in groups], dtype=torch.int64)
+        positions, there = _keys(prefix_B, length_B, P if N else 0, S)
         return DecodePlan(
             own_rows=self.pool_rows(self.table_SL[slots[:, None], at_BS]),
             prefix_rows=self.pool_rows(self.table_SL[first[:, None], at_NP] if N else first),
             members=members.reshape(-1), member_at=member_at, length_B=length_B, prefix_B=prefix_B,
-            N=N, M=M, P=P if N else 0, S=S,
+            positions=positions, there=there, N=N, M=M, P=P if N else 0, S=S,
         )  # fmt: skip
 
 

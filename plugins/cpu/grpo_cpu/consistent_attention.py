@@ -224,7 +224,8 @@ def prefill(
     window: int | None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Prefill`; over a layer of core's `DenseCache`."""
-    assert isinstance(cache, DenseLayer), type(cache).__name__
+    if not isinstance(cache, DenseLayer):
+        raise TypeError(f"consistent attention reads layers of DenseCache, not {type(cache).__name__}")
     seqs = cached(cache.table, bounds(cu_seqlens_q, q_THD.shape[0]), slots, seqlens_k)
     return attend(q_THD, cache.k_RKD, cache.v_RKE, seqs, scale, window=window).to(q_THD.dtype)
 

@@ -19,7 +19,7 @@ def logprob(
     hidden_TC: Tensor, lm_head_VC: Tensor, labels_T: Tensor, *, temperature: float, group: Any,
     main_grad_VC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `grpo_core.ops.fused.LogProb`; logits are rounded to the dtype of the hidden states, as in the rollout.
+    """See `grpo_core.ops.fused.LogProb`; logits are rounded to the hidden states' dtype, as in the rollout.
 
     Raises ValueError for a temperature that is not above 0, IndexError for a label outside of the vocabulary,
     PlanError for a group of several ranks.

@@ -57,7 +57,8 @@ def prefill(
     cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaPrefill`; over a layer of core's `DenseLatentCache`."""
-    assert isinstance(cache, DenseLatentLayer), type(cache).__name__
+    if not isinstance(cache, DenseLatentLayer):
+        raise TypeError(f"consistent attention reads layers of DenseLatentCache, not {type(cache).__name__}")
     seqs = cached(cache.table, bounds(cu_seqlens_q, q_nope_THN.shape[0]), slots, seqlens_k)
     return absorbed(q_nope_THN, q_rope_THR, cache.latent_XL, cache.k_rope_XR, w_uk_HNL, w_uv_HEL, seqs, scale)
 

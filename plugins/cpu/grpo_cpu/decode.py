@@ -65,7 +65,7 @@ def decode(
     own_KBrS = _own(q_KBrD, layer.k_RD, plan, transpose=True)
     parts = [_prefix(q_KBrD, layer.k_RD, plan, transpose=True)] if plan.N else []
     scores_KBrS = torch.cat([*parts, own_KBrS], -1).to(torch.promote_types(q_BHD.dtype, torch.float32))
-    scores_KBrS.mul_(scale).masked_fill_(~plan.mask_BS(window)[:, None], -torch.inf)
+    scores_KBrS.mul_(scale).masked_fill_(plan.hidden(window)[:, None], -torch.inf)
     p_KBrS = torch.softmax(scores_KBrS, -1).to(q_BHD.dtype)
     o_KBrE = _own(p_KBrS[..., plan.P :].contiguous(), layer.v_RE, plan, transpose=False)
     if plan.N:

@@ -1,7 +1,7 @@
 """linear.dense in torch: the weight's gradient goes where it belongs without passing through autograd.
 
-In float32 the product adds to it. In bfloat16 torch has no product with a float32 result, so each micro-batch
-is rounded once before it is added: widening the operands instead would make the product several times slower.
+torch has no product of bfloat16 operands with a float32 result on a CPU, so they are widened first: the contract
+says that the gradient is never rounded to the compute dtype. The C++ pack is there for speed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g_TN,), (x_TK, weight_NK) = grads, ctx.saved_tensors
-        if g_TN.dtype == ctx.main_grad_NK.dtype:
-            ctx.main_grad_NK.addmm_(g_TN.t(), x_TK)
-        else:
-            ctx.main_grad_NK.add_(g_TN.t() @ x_TK)
+        wide = ctx.main_grad_NK.dtype
+        ctx.main_grad_NK.addmm_(g_TN.t().to(wide), x_TK.to(wide))
         g_x_TK = g_TN @ weight_NK if ctx.needs_input_grad[0] else None
         return g_x_TK, None, g_TN.sum(0) if ctx.needs_input_grad[2] else None, None

@@ -51,9 +51,9 @@ TORCH = Packed(varlen=torch_varlen, shared_prefix=torch_shared_prefix)
 def expand(latent_TL: Tensor, k_rope_TR: Tensor, w_uk_HNL: Tensor, w_uv_HEL: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [T, H, N + R] and values [T, H, E]."""
     T, L = latent_TL.shape
-    H, N, _ = w_uk_HNL.shape
+    (H, N, _), E = w_uk_HNL.shape, w_uv_HEL.shape[1]
     k_nope_THN = (latent_TL @ w_uk_HNL.reshape(H * N, L).T).view(T, H, N)
-    v_THE = (latent_TL @ w_uv_HEL.reshape(-1, L).T).view(T, H, -1)
+    v_THE = (latent_TL @ w_uv_HEL.reshape(H * E, L).T).view(T, H, E)
     return torch.cat([k_nope_THN, k_rope_TR[:, None].expand(-1, H, -1)], -1), v_THE
 
 

@@ -1,4 +1,7 @@
-"""linear.dense and linear.packed of the C++ pack. A weight's gradient is added up in float32, in place."""
+"""linear.dense and linear.packed of the C++ pack, bfloat16 or float32.
+
+A weight's gradient is added up in float32, in place.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,9 @@ from torch import Tensor
 
 from grpo_core.ops.reference.fused import check_same
 
-from .native import load
 from .native_ops import tracked
+from .native_products import products_of
 from .remake import Maker, maker_of
-
-_ops = load()
 
 
 def dense(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, main_grad_NK: Tensor | None) -> Tensor:
@@ -22,7 +23,7 @@ def dense(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, main_grad_N
     if tracked(x_TK, weight_NK, bias_N):
         y_TN = _Dense.apply(x_TK, weight_NK, bias_N, main_grad_NK, maker_of(x_TK))
     else:
-        y_TN = _ops.linear(x_TK, weight_NK, bias_N)
+        y_TN = products_of(x_TK).linear(x_TK, weight_NK, bias_N)
     return y_TN
 
 
@@ -30,23 +31,24 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
-        main_grad_NK: Tensor | None,        maker: Maker | None,
+        main_grad_NK: Tensor | None, maker: Maker | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight_NK, x_TK if maker is None else None)
         ctx.main_grad_NK, ctx.maker = main_grad_NK, maker
-        return _ops.linear(x_TK, weight_NK, bias_N)
+        return products_of(x_TK).linear(x_TK, weight_NK, bias_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight_NK, x_TK = ctx.saved_tensors
         g_TN, main_grad_NK, g_weight_NK = grads[0], ctx.main_grad_NK, None
+        ops = products_of(g_TN)
         if ctx.needs_input_grad[1]:
             x_TK = ctx.maker.again() if x_TK is None else x_TK
             if main_grad_NK is None:
-                g_weight_NK = torch.mm(g_TN.t(), x_TK)
+                g_weight_NK = ops.weight_grad(g_TN, x_TK)
             else:
-                _ops.add_weight_grad(g_TN, x_TK, main_grad_NK)
-        g_x_TK = _ops.linear_input_grad(g_TN, weight_NK) if ctx.needs_input_grad[0] else None
+                ops.add_weight_grad(g_TN, x_TK, main_grad_NK)
+        g_x_TK = ops.input_grad(g_TN, weight_NK) if ctx.needs_input_grad[0] else None
         g_bias_N = g_TN.sum(0, dtype=torch.float32).to(g_TN.dtype) if ctx.needs_input_grad[2] else None
         return g_x_TK, g_weight_NK, g_bias_N, None, None
 
@@ -54,7 +56,7 @@ class _Dense(torch.autograd.Function):
 class PackedLinear:
     """linear.packed: see `grpo_core.ops.fused.PackedLinear`. Keeps the weight in panels of the pack's own.
 
-    Panels hold pairs of inputs: a weight with an odd number of them is kept as it is.
+    Panels of bfloat16 hold pairs of inputs: a weight with an odd number of them is kept as it is.
     """
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
@@ -62,15 +64,16 @@ class PackedLinear:
         self.like_NK = torch.empty_like(weight_NK, device="meta")
         self.rows, width = weight_NK.shape
         self.bias_N = None if bias_N is None else bias_N.detach().clone()
-        self.odd = width % 2 == 1
-        size = self.like_NK.shape if self.odd else (_ops.packed_numel(self.rows, width),)
+        self.ops = products_of(weight_NK)
+        self.odd = width % 2 == 1 and weight_NK.dtype == torch.bfloat16
+        size = self.like_NK.shape if self.odd else (self.ops.packed_numel(self.rows, width),)
         self.packed = weight_NK.new_empty(size)
-        self.multiply = _ops.linear_packed.default
+        self.multiply = self.ops.linear_packed
         self._pack(weight_NK)
 
     def _pack(self, weight_NK: Tensor) -> None:
         with torch.no_grad():
-            self.packed.copy_(weight_NK) if self.odd else _ops.pack_linear(weight_NK, self.packed)
+            self.packed.copy_(weight_NK) if self.odd else self.ops.pack_linear(weight_NK, self.packed)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """Returns x W^T + b, [T, N]."""

@@ -1,6 +1,7 @@
 """loss.logprob of the C++ pack: one fused pass over each chunk of logits.
 
-The logits are rounded to bfloat16, as the rollout's are: the two agree better than either does with float32.
+Of bfloat16 operands the logits are rounded to bfloat16, as the rollout's are: the two agree better than
+either does with float32. Float32 operands have float32 logits.
 The backward pass turns each chunk's logits into their own gradient in place. The logits of a single chunk are
 kept for that; those of several are computed again.
 """
@@ -15,9 +16,10 @@ from torch import Tensor
 from grpo_core.ops.reference.logprob import logprob as reference
 
 from .native import load
+from .native_products import products_of
 
 CHUNK_ELEMENTS = 1 << 25
-"""Logits alive at once, at most (64 MiB); one token at least."""
+"""Logits alive at once, at most (64 MiB in bfloat16); one token at least."""
 _ops = load()
 
 
@@ -36,9 +38,10 @@ def logprob(
         )
     if not temperature > 0:
         raise ValueError(f"log-probs need a temperature above 0, not {temperature}")
-    if hidden_TC.dtype != torch.bfloat16 or lm_head_VC.dtype != torch.bfloat16:
+    if hidden_TC.dtype not in (torch.bfloat16, torch.float32) or lm_head_VC.dtype != hidden_TC.dtype:
         raise TypeError(
-            f"wanted bfloat16 hidden states and head, not {hidden_TC.dtype} and {lm_head_VC.dtype}"
+            "wanted hidden states and head in bfloat16 or both in float32, "
+            f"not {hidden_TC.dtype} and {lm_head_VC.dtype}"
         )
     result: tuple[Tensor, Tensor] = _LogProb.apply(hidden_TC, lm_head_VC, labels_T, temperature, main_grad_VC)
     return result
@@ -65,7 +68,7 @@ class _LogProb(torch.autograd.Function):
         room = _ops.empty_rows(hidden_TC, parts[0].stop if parts else 0, V)
         for part in parts:
             logits_tV = room[: part.stop - part.start]
-            _ops.linear_out(hidden_TC[part], lm_head_VC, logits_tV)
+            products_of(hidden_TC).linear_out(hidden_TC[part], lm_head_VC, logits_tV)
             _ops.logprob_rows(
                 logits_tV, labels_T[part], temperature, logprob_T[part], entropy_T[part], lse_T[part]
             )
@@ -89,14 +92,14 @@ class _LogProb(torch.autograd.Function):
             if made_TV is None:
                 if room is None:
                     room = _ops.empty_rows(hidden_TC, parts[0].stop, lm_head_VC.shape[0])
-                _ops.linear_out(hidden_TC[part], lm_head_VC, room[: part.stop - part.start])
+                products_of(hidden_TC).linear_out(hidden_TC[part], lm_head_VC, room[: part.stop - part.start])
             g_logits_tV = room[: part.stop - part.start]
             _ops.logprob_rows_backward(
                 g_logits_tV, labels_T[part], ctx.temperature, g_logprob_T[part], g_entropy_T[part],
                 entropy_T[part], lse_T[part],
             )  # fmt: skip
             if g_hidden_TC is not None:
-                torch.mm(g_logits_tV, lm_head_VC, out=g_hidden_TC[part])
+                g_hidden_TC[part] = products_of(hidden_TC).input_grad(g_logits_tV, lm_head_VC)
             if head is not None:
                 head.add(g_logits_tV, hidden_TC[part])
         return g_hidden_TC, None if head is None else head.result(), None, None, None
@@ -116,9 +119,9 @@ class _HeadGrad:
     def add(self, g_logits_tV: Tensor, hidden_tC: Tensor) -> None:
         """Add one chunk's share."""
         if self.total_VC is None:
-            self.alone_VC = torch.mm(g_logits_tV.T, hidden_tC)
+            self.alone_VC = products_of(hidden_tC).weight_grad(g_logits_tV, hidden_tC)
         else:
-            _ops.add_weight_grad(g_logits_tV, hidden_tC, self.total_VC)
+            products_of(hidden_tC).add_weight_grad(g_logits_tV, hidden_tC, self.total_VC)
 
     def result(self) -> Tensor | None:
         """What autograd gets."""

@@ -89,7 +89,7 @@ def dispatch(x_TC: Tensor, ids_Tk: Tensor, *, num_experts: int, group: Any) -> t
     if torch.is_grad_enabled() and x_TC.requires_grad:
         rows_NC = _Spread.apply(x_TC, ids_Tk.shape[1], order_N, places_N)
     else:
-        rows_NC = x_TC.index_select(0, order_N // ids_Tk.shape[1])
+        rows_NC = _rows(x_TC, order_N // ids_Tk.shape[1])
     exchange = None if group is None else plan_exchange(counts_X, group)
     record = Sorted(order_N=order_N, places_N=places_N, exchange=exchange)
     if exchange is None:
@@ -97,12 +97,18 @@ def dispatch(x_TC: Tensor, ids_Tk: Tensor, *, num_experts: int, group: Any) -> t
     return exchange.there(rows_NC), exchange.counts_X, record
 
 
+def _rows(x_TC: Tensor, at_N: Tensor) -> Tensor:
+    """x.index_select(0, at), in memory that the pack keeps for its results."""
+    rows_NC = _ops.empty_rows(x_TC, at_N.shape[0], x_TC.shape[1])
+    return torch.index_select(x_TC.detach(), 0, at_N, out=rows_NC)
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, top_k: int, order_N: Tensor, places_N: Tensor) -> Tensor:
         ctx.save_for_backward(places_N)
         ctx.tokens = x_TC.shape[0]
-        return x_TC.index_select(0, order_N // top_k)
+        return _rows(x_TC, order_N // top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -10,7 +10,6 @@ RANK = 80
 CACHE_ID = "cpu:native"
 LATENT_CACHE_ID = "cpu:torch"
 """The cache of latents is torch's; its rows are expanded for the pack's kernels."""
-_BF16: Mapping[str, Container[object]] = {"dtype": frozenset({"bfloat16"})}
 _FLOATS: Mapping[str, Container[object]] = {"dtype": frozenset({"bfloat16", "float32"})}
 _HEADS = frozenset(range(32, 257, 32))
 _ATTENTION = {**_FLOATS, "head_dim": _HEADS, "v_head_dim": _HEADS}
@@ -90,9 +89,9 @@ def offers() -> Iterable[tuple[str, Impl]]:
         _offer("sample.token", "native_ops", "sample_token", {"dtype": frozenset({"bfloat16", "float32"})}),
     )
     yield "fused_ops", _offer("optim.adamw", "native_ops", "adamw", {"dtype": frozenset({"float32"})})
-    yield "fused_ops", _offer("linear.dense", "native_linear", "dense", _BF16, backward=True)
-    yield "fused_ops", _offer("linear.packed", "native_linear", "PackedLinear", _BF16)
-    yield "fused_ops", _offer("loss.logprob", "native_logprob", "logprob", _BF16, backward=True)
+    yield "fused_ops", _offer("linear.dense", "native_linear", "dense", _FLOATS, backward=True)
+    yield "fused_ops", _offer("linear.packed", "native_linear", "PackedLinear", _FLOATS)
+    yield "fused_ops", _offer("loss.logprob", "native_logprob", "logprob", _FLOATS, backward=True)
 
 
 def _offer(

@@ -143,3 +143,24 @@ def test_a_missing_plan_is_three_lines(
 ) -> None:
     what, _, _ = fails(capsys, recipe, "--plan", tmp_path / "absent.json")
     assert what.startswith("error: cannot read ")
+
+
+def test_a_consistent_plan_tells_why_fast_offers_were_passed_over(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = show(capsys, recipe, "consistent=true", "--why")
+    assert "mode    consistent" in out
+    rows = {line.split()[0]: line.split()[1] for line in out.splitlines() if line.startswith("attention.")}
+    assert rows["attention.varlen"] == rows["attention.decode"] == "cpu:consistent"
+    assert rows["attention.cache"] == "core:reference" and rows["attention.step"] == "-"
+    refused = [line for line in out.splitlines() if "does not offer batch_invariant" in line]
+    assert sum("x cpu:torch" in line for line in refused) >= 5
+    assert "mode " not in show(capsys, recipe)
+
+
+def test_a_pin_that_is_not_batch_invariant_is_refused_in_consistent_mode(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["consistent=true", "ops.attention.varlen=cpu:torch"]
+    assert main(["plan", str(recipe), *overrides]) == 2
+    assert "does not offer batch_invariant" in capsys.readouterr().err

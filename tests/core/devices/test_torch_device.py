@@ -34,6 +34,11 @@ def test_device_files_are_counted(acme: TorchDevice) -> None:
     assert (said.info.name, said.info.vendor) == ("Acme One", "Acme")
 
 
+def test_without_a_file_pattern_the_declared_number_counts(acme: TorchDevice) -> None:
+    assert replace(acme, files="").probe().info.count == 1
+    assert replace(acme, files="", count=3).probe().info.count == 3
+
+
 @pytest.mark.parametrize(
     ("value", "count"),
     [("0,1", 2), ("1", 1), ("0,1,2,3", 2), ("", 0), ("-1", 0), ("1,-1,0", 1), (" 0 , 1 ", 2)],

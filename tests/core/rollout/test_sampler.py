@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_core.ops.reference.fused import sample_token
-from grpo_core.rollout.sampler import TokenSampler, stream_keys, uniforms
+from grpo_core.rollout.sampler import TokenSampler, in_float32, stream_keys, uniforms
 from grpo_core.types import Sampling
 
 MASK = (1 << 64) - 1
@@ -58,6 +58,25 @@ def make(sampling: Sampling, stop_ids: frozenset[int], rows: int = 4, vocab: int
     return TokenSampler(
         sample_token, sampling, stop_ids=stop_ids, vocab_size=vocab, rows=rows, device=torch.device("cpu")
     )
+
+
+def test_a_device_without_float64_gets_draws_in_float32_that_stay_below_one() -> None:
+    seen: list[torch.Tensor] = []
+
+    def op(logits_BV: torch.Tensor, u_B: torch.Tensor, **_: object) -> tuple[torch.Tensor, ...]:
+        seen.append(u_B)
+        return tuple(torch.zeros(len(u_B)) for _ in range(3))
+
+    keys, counts = stream_keys(range(64)), np.zeros(64, dtype=np.int64)
+    for float64 in (True, False):
+        TokenSampler(
+            op, Sampling(max_tokens=1), stop_ids=frozenset(), vocab_size=3, rows=64,  # type: ignore[arg-type]
+            device=torch.device("cpu"), float64=float64,
+        )(torch.zeros(64, 3), keys, counts)  # fmt: skip
+    wide, narrow = seen
+    assert (wide.dtype, narrow.dtype) == (torch.float64, torch.float32)
+    assert ((wide - narrow.double()) >= 0).all() and (wide - narrow.double()).max() < 2**-24
+    assert in_float32(np.array([1 - 2.0**-53, 0.0]))[0] < 1
 
 
 def test_draws_follow_the_distribution() -> None:

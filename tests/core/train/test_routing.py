@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from train_helpers import loss_of, make_scored, packed, weights_of
 
 from grpo_core.errors import GrpoError
-from grpo_core.train.routing import CHANGED
+from grpo_core.model.feedforward import Mixture
+from grpo_core.train.routing import CHANGED, FREE_CHANGED
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
@@ -82,6 +84,7 @@ def test_update_and_metric_do_not_depend_on_micro_batches_or_shared_prompts(
     largest = max(float(part.norm()) for part in change.values())
     for _, other, other_change in found[1:]:
         assert other[CHANGED] == pytest.approx(metrics[CHANGED])
+        assert other.get(FREE_CHANGED) == pytest.approx(metrics.get(FREE_CHANGED))
         assert other["loss"] == pytest.approx(metrics["loss"], rel=1e-4, abs=1e-6)
         for name, part in change.items():
             error = float((other_change[name] - part).norm())
@@ -97,6 +100,46 @@ def test_share_of_changed_experts_is_what_was_moved(folders: dict[str, Path], fa
         assert low <= metrics[CHANGED] <= high, (replay, moved)
     trainer = mixture_trainer(folders[family])
     assert CHANGED not in trainer.step(packed(make_scored()), loss_of(trainer)).values
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next"])
+def test_replay_reports_what_it_spares(folders: dict[str, Path], family: str) -> None:
+    """The share of records that were moved, although the update uses the records."""
+    for moved, low, high in ((0.0, 0.0, 0.0), (1.0, 0.95, 1.0)):
+        trainer = mixture_trainer(folders[family], routing_replay="R3")
+        metrics = trainer.step(packed(recorded(trainer, moved=moved)), loss_of(trainer)).values
+        assert metrics[CHANGED] == 0.0
+        assert low <= metrics[FREE_CHANGED] <= high
+    free = mixture_trainer(folders[family])
+    assert FREE_CHANGED not in free.step(packed(recorded(free)), loss_of(free)).values
+
+
+def test_free_choice_is_known_where_a_plan_binds_the_whole_layer(folders: dict[str, Path]) -> None:
+    """Such a plan leaves moe.route out."""
+    trainer = mixture_trainer(folders["deepseek_v3"], routing_replay="R3")
+    batches = packed(recorded(trainer, moved=0.5))
+    wanted = trainer.step(batches, loss_of(trainer)).values[FREE_CHANGED]
+    whole = mixture_trainer(folders["deepseek_v3"], routing_replay="R3")
+    for module in whole.policy.modules():
+        if isinstance(module, Mixture):
+            ops = module.backend.moe
+            left_out = dict.fromkeys(("route", "dispatch", "experts", "combine"))
+            module.backend = replace(module.backend, moe=replace(ops, **left_out, layer=whole_layer(ops)))
+    assert 0.2 < wanted < 0.8
+    assert whole.step(batches, loss_of(whole)).values[FREE_CHANGED] == pytest.approx(wanted)
+
+
+def whole_layer(ops: Any) -> Any:
+    """moe.layer made of the four parts."""
+
+    def layer(
+        x_TC: Any, logits_TX: Any, gate_up_XGC: Any, down_XCF: Any, *, group: Any, **settings: Any
+    ) -> Any:
+        weights_Tk, ids_Tk = ops.route(logits_TX, **settings)
+        rows_RC, counts_X, record = ops.dispatch(x_TC, ids_Tk, num_experts=logits_TX.shape[1], group=group)
+        return ops.combine(ops.experts(rows_RC, gate_up_XGC, down_XCF, counts_X), weights_Tk, record), ids_Tk
+
+    return layer
 
 
 def test_replay_of_the_rollout_changes_the_policys_logprobs_and_not_the_references(

@@ -51,6 +51,14 @@ def test_packed_attention(case: str, window: int | None, dtype: torch.dtype) -> 
         op_checks.check_varlen(consistent_attention.varlen, case, dtype, window, causal)
 
 
+def test_layers_of_another_cache_are_refused() -> None:
+    one, at = torch.ones(1, 2, 4), torch.tensor([0])
+    with pytest.raises(TypeError, match="layers of DenseCache"):
+        consistent_attention.decode(one, object(), seqlens_k=at + 1, slots=at, scale=1.0, window=None)
+    with pytest.raises(TypeError, match="layers of DenseLatentCache"):
+        mla.decode(one, one, object(), one, one, seqlens_k=at + 1, slots=at, scale=1.0)
+
+
 def test_bad_packing_is_refused() -> None:
     op_checks.check_bad_packing(consistent_attention.varlen, consistent_attention.shared_prefix)
 

@@ -36,6 +36,7 @@ def operands(shape: tuple[int, int, int], dtype: torch.dtype) -> list[torch.Tens
 def offers() -> list[Any]:
     return [
         pytest.param("native", torch.bfloat16, id="native-bf16"),
+        pytest.param("native", torch.float32, id="native-f32"),
         pytest.param("torch", torch.bfloat16, id="torch-bf16"),
         pytest.param("torch", torch.float32, id="torch-f32"),
         pytest.param("reference", torch.bfloat16, id="reference-bf16"),
@@ -66,8 +67,8 @@ def test_result_and_gradients_equal_float64(
     y.backward(g)
     wanted = torch.nn.functional.linear(wide[0], wide[1], wide[2] if bias else None)
     wanted.backward(g.double())
-    # Sums of products are float32; what has the compute dtype is rounded once. Torch rounds more than once:
-    # the product before the bias, and in bfloat16 the weight's gradient before the sum with what is there.
+    # Sums of products are float32; what has the compute dtype is rounded once, but for torch's product, which
+    # is rounded before the bias and after it.
     unit = BF16 if dtype == torch.bfloat16 else 2.0**-24
     often = 0.0 if name == "native" else 2 * unit
 
@@ -93,8 +94,9 @@ def test_without_a_main_grad_autograd_gets_the_gradient(name: str, dtype: torch.
     torch.testing.assert_close(w.grad.double(), g.double().T @ x.double(), rtol=2 * BF16, atol=1e-4)
 
 
-def test_equal_for_any_number_of_threads() -> None:
-    x, w, _, g = operands((130, 100, 96), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_equal_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    x, w, _, g = operands((130, 100, 96), dtype)
     found = []
     threads = torch.get_num_threads()
     try:
@@ -167,14 +169,52 @@ def test_a_norm_and_a_swiglu_before_a_linear_keep_no_result() -> None:
     assert not {h.untyped_storage().data_ptr(), z.untyped_storage().data_ptr()} & set(held)
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, BF16), (torch.float32, 2.0**-24)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_packed_layer_equals_float64_before_and_after_an_update(shape: tuple[int, int, int]) -> None:
-    x, w, b, _ = operands(shape, torch.bfloat16)
+def test_packed_layer_equals_float64_before_and_after_an_update(
+    shape: tuple[int, int, int], dtype: torch.dtype, unit: float
+) -> None:
+    x, w, b, _ = operands(shape, dtype)
     layer = native().PackedLinear(w, b)
     for weight, bias in ((w, b), (w.flip(0) * 2, b - 1)):
         layer.update(weight, bias)
         wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-        torch.testing.assert_close(layer(x).double(), wanted, rtol=2 * BF16, atol=4e-6 * (1 + shape[2]))
+        torch.testing.assert_close(layer(x).double(), wanted, rtol=2 * unit, atol=4e-6 * (1 + shape[2]))
     assert layer.nbytes() >= w.nbytes + b.nbytes
     with pytest.raises(ValueError):
-        layer.update(w.float(), b)
+        layer.update(w.double(), b)
+
+
+@pytest.mark.parametrize(("name", "dtype"), offers())
+def test_the_weights_gradient_of_many_micro_batches_is_not_rounded_to_bfloat16(
+    name: str, dtype: torch.dtype
+) -> None:
+    x, w, _, g = operands((4, 32, 48), dtype)
+    main_grad = torch.zeros(w.shape)
+    for _ in range(64):
+        leaf = w.clone().requires_grad_()
+        offer(name)(x, leaf, None, main_grad_NK=main_grad).backward(g)
+    wanted = 64 * g.double().T @ x.double()
+    # Sums of 256 float32 products; a gradient rounded to bfloat16 is off by 2^-9 of itself.
+    torch.testing.assert_close(main_grad.double(), wanted, rtol=2e-6, atol=2e-6 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 4500), (4500, 20, 30), (20, 4500, 30)])
+def test_long_sums_in_float32_go_in_pieces(shape: tuple[int, int, int]) -> None:
+    """Every one of the three products sums over more than two pieces of 2048 once."""
+    x, w, b, g = operands(shape, torch.float32)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    packed = native().PackedLinear(w.detach(), b.detach())(x.detach())
+    y = native().dense(*leaves, main_grad_NK=None)
+    wanted = torch.nn.functional.linear(*wide)
+    y.backward(g)
+    wanted.backward(g.double())
+    # Errors of a sum of n products of unit size grow with the root of n.
+    atol = 1e-6 * max(shape) ** 0.5 * 4
+    for found, exact in (
+        (y, wanted),
+        (packed, wanted),
+        *((a.grad, e.grad) for a, e in zip(leaves, wide, strict=True)),
+    ):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=atol)

@@ -142,3 +142,30 @@ def test_a_temperature_of_zero_is_an_error():
             temperature=0.0,
             group=None,
         )
+
+
+@pytest.mark.parametrize("T, V, C", [(1, 1, 8), (33, 1000, 65), (130, 4099, 32)])
+@pytest.mark.parametrize("chunk", [1 << 25, 5000])
+@pytest.mark.parametrize("lent", [False, True])
+def test_float32_values_and_gradients(T, V, C, chunk, lent, monkeypatch):
+    monkeypatch.setattr(native, "CHUNK_ELEMENTS", chunk)
+    hidden, head, labels, g_logprob, g_entropy = (
+        x.float() if x.is_floating_point() else x for x in case(T, V, C)
+    )
+    ours = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+    main_grad = torch.ones(V, C) if lent else None
+    logprob, entropy = native.logprob(*ours, labels, temperature=0.7, group=None, main_grad_VC=main_grad)
+    torch.autograd.backward([logprob, entropy], [g_logprob, g_entropy])
+    wide = [hidden.double().requires_grad_(), head.double().requires_grad_()]
+    logp = (wide[0] @ wide[1].T / 0.7).log_softmax(-1)
+    want = logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    torch.autograd.backward(want, [g_logprob.double(), g_entropy.double()])
+    head_grad = ours[1].grad if main_grad is None else main_grad - 1
+    # Logits below 16 are float32 sums of up to 65 products: some units of 2^-20.
+    for got, exact in (
+        (logprob, want[0]),
+        (entropy, want[1]),
+        (ours[0].grad, wide[0].grad),
+        (head_grad, wide[1].grad),
+    ):
+        torch.testing.assert_close(got.double(), exact.detach(), rtol=2e-5, atol=2e-5)

@@ -43,7 +43,11 @@ std::string struck(const std::string& name) {
   auto found = faults.find(name);
   if (found == faults.end()) return {};
   auto& fault = found->second;
-  return fault.left == 0 || --fault.left == 0 ? fault.kind : std::string();
+  if (fault.left == 0) return fault.kind;
+  if (--fault.left > 0) return {};
+  auto kind = fault.kind;
+  faults.erase(found);
+  return kind;
 }
 
 void spoil(const Tensor& result, const std::string& kind) {

@@ -1,6 +1,7 @@
 // gated_delta.chunk and short_conv.varlen as torch ops.
 #include "bindings.h"
 #include "delta.h"
+#include "pool.h"
 #include "short_conv.h"
 
 namespace grpo {
@@ -50,13 +51,13 @@ std::tuple<Tensor, Tensor, Tensor> delta_chunk(
   const auto wide = in.g.options();
   MaybeTensor initial;
   if (initial_) initial = dense(*initial_, at::kFloat, {in.segments(), in.K, in.D, in.E}, "initial_state");
-  Tensor o = at::empty({in.T, in.K, in.E}, in.v.options()), last, before;
+  Tensor o = room({in.T, in.K, in.E}, in.v), last, before;
   last = at::empty({final_state ? in.segments() : 0, in.K, in.D, in.E}, wide);
   by_dtype(in.v, [&](auto type) {
     using U = decltype(type);
     const DeltaChunks<U> a = in.as<U>(scale);
     const int64_t chunks = keep ? chunk_starts(a.ends, a.segments).back() : 0;
-    before = at::empty({chunks, in.K, a.d(), a.e()}, wide);
+    before = room({chunks, in.K, a.d(), a.e()}, in.g);
     delta_forward<U>(a, initial ? initial->const_data_ptr<float>() : nullptr, data<U>(o),
                      final_state ? last.data_ptr<float>() : nullptr, keep ? before.data_ptr<float>() : nullptr);
   });
@@ -72,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_chunk_backward(
   TORCH_CHECK(grad.sizes() == in.v.sizes(), "do has shape ", grad.sizes(), ", wanted ", in.v.sizes());
   MaybeTensor dlast;
   if (dlast_) dlast = dense(*dlast_, at::kFloat, {in.segments(), in.K, in.D, in.E}, "dlast");
-  Tensor dq = at::empty({in.T, in.H, in.D}, in.v.options()), dk = at::empty_like(dq);
-  Tensor dv = at::empty({in.T, in.K, in.E}, in.v.options());
+  Tensor dq = room({in.T, in.H, in.D}, in.v), dk = room(dq.sizes(), dq);
+  Tensor dv = room({in.T, in.K, in.E}, in.v);
   Tensor dg = at::empty({in.T, in.K}, in.g.options()), dbeta = at::empty_like(dg);
   Tensor dinitial = at::empty({initial ? in.segments() : 0, in.K, in.D, in.E}, in.g.options());
   by_dtype(in.v, [&](auto type) {
@@ -112,7 +113,7 @@ struct ConvTensors {
 std::tuple<Tensor, Tensor> conv_varlen(const Tensor& x, const Tensor& w, const Tensor& cu_seqlens,
                                        const MaybeTensor& initial, bool final_state) {
   const ConvTensors in(x, w, cu_seqlens, initial);
-  Tensor y = at::empty(in.x.sizes(), in.x.options());
+  Tensor y = room(in.x.sizes(), in.x);
   Tensor last = at::empty({final_state ? in.ends.numel() - 1 : 0, in.x.size(1), in.w.size(1) - 1}, y.options());
   by_dtype(in.x, [&](auto type) {
     using U = decltype(type);
@@ -129,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_varlen_backward(const Tensor& x, const T
   const Tensor dy = dense(dy_, in.x.scalar_type(), in.x.sizes(), "dy");
   MaybeTensor dlast;
   if (dlast_) dlast = dense(*dlast_, in.x.scalar_type(), {S, in.x.size(1), in.w.size(1) - 1}, "dlast");
-  Tensor dx = at::empty(in.x.sizes(), in.x.options()), dw = at::empty_like(in.w);
+  Tensor dx = room(in.x.sizes(), in.x), dw = at::empty_like(in.w);
   Tensor dinitial = at::empty({initial ? S : 0, in.x.size(1), in.w.size(1) - 1}, dx.options());
   by_dtype(in.x, [&](auto type) {
     using U = decltype(type);

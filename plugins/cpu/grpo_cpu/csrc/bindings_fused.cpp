@@ -111,9 +111,10 @@ std::tuple<Tensor, Tensor, Tensor, bool> sample(const Tensor& logits_, const Ten
   return {ids, logprob, logprob1, sound};
 }
 
-LogitRows logit_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor& logprob,
-                     Tensor& entropy, Tensor& lse) {
-  check_bf16(logits, "logits");
+template <class T>
+LogitRows<T> logit_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor& logprob,
+                        Tensor& entropy, Tensor& lse) {
+  check_float(logits, "logits");
   const int64_t rows = logits.size(0);
   TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous rows");
   TORCH_CHECK(labels.scalar_type() == at::kLong && labels.is_contiguous() && labels.numel() == rows,
@@ -126,13 +127,15 @@ LogitRows logit_rows(const Tensor& logits, const Tensor& labels, double temperat
     TORCH_CHECK_INDEX(label >= 0 && label < logits.size(1), "label ", label,
                       " lies outside of the vocabulary of ", logits.size(1));
   }
-  return {bits(logits), labels.data_ptr<int64_t>(), logprob.data_ptr<float>(), entropy.data_ptr<float>(),
+  return {data<T>(logits), labels.data_ptr<int64_t>(), logprob.data_ptr<float>(), entropy.data_ptr<float>(),
           lse.data_ptr<float>(), rows, logits.size(1), (float)(1 / temperature)};
 }
 
 void logprob_rows(const Tensor& logits, const Tensor& labels, double temperature, Tensor logprob,
                   Tensor entropy, Tensor lse) {
-  logits_forward(logit_rows(logits, labels, temperature, logprob, entropy, lse));
+  by_dtype(logits, [&](auto type) {
+    logits_forward(logit_rows<decltype(type)>(logits, labels, temperature, logprob, entropy, lse));
+  });
 }
 
 void logprob_rows_backward(Tensor logits, const Tensor& labels, double temperature, const Tensor& g_logprob,
@@ -140,8 +143,10 @@ void logprob_rows_backward(Tensor logits, const Tensor& labels, double temperatu
   const int64_t rows = logits.size(0);
   const Tensor gl = dense(g_logprob, at::kFloat, {rows}, "g_logprob");
   const Tensor ge = dense(g_entropy, at::kFloat, {rows}, "g_entropy");
-  logits_backward(logit_rows(logits, labels, temperature, entropy, entropy, lse), gl.data_ptr<float>(),
-                  ge.data_ptr<float>());
+  by_dtype(logits, [&](auto type) {
+    logits_backward(logit_rows<decltype(type)>(logits, labels, temperature, entropy, entropy, lse),
+                    gl.data_ptr<float>(), ge.data_ptr<float>());
+  });
 }
 
 void accumulate(Tensor total, const Tensor& part_) {

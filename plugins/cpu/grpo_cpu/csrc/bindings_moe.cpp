@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "moe.h"
+#include "pool.h"
 
 namespace grpo {
 namespace {
@@ -60,8 +61,8 @@ std::tuple<Tensor, Tensor> experts(const Tensor& rows, const Tensor& gate_up, co
                                    const Tensor& counts, bool keep) {
   const Held h = hold(rows, gate_up, down, counts);
   const int64_t count = rows.size(0);
-  Tensor y = at::empty({count, h.c}, rows.options());
-  Tensor kept = at::empty({keep ? count : 0, 2 * h.f}, rows.options());
+  Tensor y = room({count, h.c}, rows);
+  Tensor kept = room({keep ? count : 0, 2 * h.f}, rows);
   typed(rows, [&](auto zero) {
     using T = decltype(zero);
     experts_forward(h.view<T>(), keep ? data<T>(kept) : nullptr, data<T>(y));
@@ -77,10 +78,10 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> experts_grad(
   const Tensor kept = like_rows(kept_, rows, {count, 2 * h.f}, "kept");
   const Tensor dy = like_rows(dy_, rows, {count, h.c}, "dy");
   MaybeTensor drows, dgate_up, ddown;
-  if (want_rows) drows = at::empty_like(h.rows);
+  if (want_rows) drows = room(h.rows.sizes(), h.rows);
   if (want_gate_up) dgate_up = at::empty_like(h.gate_up);
   if (want_down) ddown = at::empty_like(h.down);
-  const Tensor d_hidden = at::empty_like(kept), hidden = at::empty({count, h.f}, rows.options());
+  const Tensor d_hidden = room(kept.sizes(), kept), hidden = room({count, h.f}, rows);
   typed(rows, [&](auto zero) {
     using T = decltype(zero);
     const ExpertsGrad<T> g{data<T>(kept), data<T>(dy), data<T>(drows), data<T>(dgate_up), data<T>(ddown)};
@@ -134,7 +135,7 @@ Tensor combine(const Tensor& rows_, const MaybeTensor& weights_, const Tensor& p
     TORCH_CHECK(weights_->numel() == places.numel(), "weights have shape ", weights_->sizes());
     weights = weights_->to(at::kFloat).contiguous();
   }
-  Tensor y = at::empty({tokens, c}, rows.options());
+  Tensor y = room({tokens, c}, rows);
   typed(rows, [&](auto zero) {
     using T = decltype(zero);
     if (y.numel())
@@ -152,7 +153,7 @@ std::tuple<MaybeTensor, MaybeTensor> combine_grad(const Tensor& rows_, const Ten
   TORCH_CHECK(places.is_contiguous() && rows.size(0) == places.numel() && places.numel() == tokens * k,
               rows.size(0), " rows for ", tokens, " tokens and ", places.numel(), " places");
   MaybeTensor drows, dweights;
-  if (want_rows) drows = at::empty_like(rows);
+  if (want_rows) drows = room(rows.sizes(), rows);
   if (want_weights) dweights = at::empty_like(weights);
   typed(rows, [&](auto zero) {
     using T = decltype(zero);

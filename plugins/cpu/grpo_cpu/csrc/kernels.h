@@ -84,15 +84,18 @@ void adamw(const AdamWPart* parts, int64_t count, const AdamWStep& step);
 
 // --- logprob.cpp --------------------------------------------------------------------------------------
 
+template <class T>
 struct LogitRows {
-  bf16* logits;  // [rows, vocab]
+  T* logits;  // [rows, vocab]
   const int64_t* labels;
   float *logprob, *entropy, *lse;
   int64_t rows, vocab;
   float inverse_temperature;
 };
-void logits_forward(const LogitRows& a);
-void logits_backward(const LogitRows& a, const float* g_logprob, const float* g_entropy);
+template <class T>
+void logits_forward(const LogitRows<T>& a);
+template <class T>
+void logits_backward(const LogitRows<T>& a, const float* g_logprob, const float* g_entropy);
 void add_rows(float* total, const bf16* part, int64_t size);
 
 // --- cache.cpp, step.cpp ------------------------------------------------------------------------------

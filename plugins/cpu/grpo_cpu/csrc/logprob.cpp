@@ -1,4 +1,4 @@
-// The passes of loss.logprob over rows of bf16 logits; the matrix products around them are torch's.
+// The passes of loss.logprob over rows of logits; the matrix products around them are torch's.
 // With z = x / T and p = softmax(z): logprob = z[label] - lse, entropy = lse - sum p z.
 #include <ATen/Parallel.h>
 
@@ -12,8 +12,9 @@ namespace {
 
 constexpr int64_t CHUNK = 4096;  // summed in float32; chunks are added in float64
 
-void forward_row(const LogitRows& a, int64_t row) {
-  const bf16* x = a.logits + row * a.vocab;
+template <class T>
+void forward_row(const LogitRows<T>& a, int64_t row) {
+  const T* x = a.logits + row * a.vocab;
   __m512 high = _mm512_set1_ps(NEG_INF);
   each16(0, a.vocab, [&](int64_t i, auto m) {
     high = _mm512_mask_max_ps(high, m, high, load(x + i, m));
@@ -41,8 +42,9 @@ void forward_row(const LogitRows& a, int64_t row) {
 }
 
 // Overwrites the logits with the gradient of g_logprob * logprob + g_entropy * entropy.
-void backward_row(const LogitRows& a, int64_t row, float g_logprob, float g_entropy) {
-  bf16* x = a.logits + row * a.vocab;
+template <class T>
+void backward_row(const LogitRows<T>& a, int64_t row, float g_logprob, float g_entropy) {
+  T* x = a.logits + row * a.vocab;
   const int64_t label = a.labels[row];
   const __m512 factor = _mm512_set1_ps(a.inverse_temperature), lse = _mm512_set1_ps(a.lse[row]);
   const __m512 gl = _mm512_set1_ps(-g_logprob), ge = _mm512_set1_ps(-g_entropy);
@@ -59,17 +61,24 @@ void backward_row(const LogitRows& a, int64_t row, float g_logprob, float g_entr
 
 }  // namespace
 
-void logits_forward(const LogitRows& a) {
+template <class T>
+void logits_forward(const LogitRows<T>& a) {
   at::parallel_for(0, a.rows, 1, [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) forward_row(a, row);
   });
 }
 
-void logits_backward(const LogitRows& a, const float* g_logprob, const float* g_entropy) {
+template <class T>
+void logits_backward(const LogitRows<T>& a, const float* g_logprob, const float* g_entropy) {
   at::parallel_for(0, a.rows, 1, [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) backward_row(a, row, g_logprob[row], g_entropy[row]);
   });
 }
+
+template void logits_forward(const LogitRows<bf16>&);
+template void logits_forward(const LogitRows<float>&);
+template void logits_backward(const LogitRows<bf16>&, const float*, const float*);
+template void logits_backward(const LogitRows<float>&, const float*, const float*);
 
 void add_rows(float* total, const bf16* part, int64_t size) {
   at::parallel_for(0, (size + 15) / 16, 2048, [&](int64_t from, int64_t to) {

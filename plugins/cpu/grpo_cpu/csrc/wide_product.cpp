@@ -11,7 +11,8 @@ namespace grpo {
 namespace {
 
 constexpr int64_t TILE = 8, WIDE = 48;
-constexpr int64_t BLOCK = 32;  // rows of a weight's gradient that a task takes
+constexpr int64_t BLOCK = 32;   // rows of a weight's gradient that a task takes
+constexpr int64_t DEEP = 2048;  // of the summed dimension at a time: a panel that stays in the second-level cache
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t width_of(int64_t columns) { return std::min(WIDE, round_up(columns, 16)); }
@@ -74,6 +75,17 @@ auto rows_for(int64_t columns) {
 
 }  // namespace
 
+int64_t wide_packed_size(int64_t n, int64_t k) {
+  return n / WIDE * WIDE * k + (n % WIDE ? width_of(n % WIDE) * k : 0);
+}
+
+void wide_pack(const float* b, ptrdiff_t stride, int64_t n, int64_t k, float* out) {
+  spread((n + WIDE - 1) / WIDE, [&](int64_t i) {
+    const int64_t column = i * WIDE, columns = std::min(WIDE, n - column);
+    pack_columns(b + column * stride, stride, k, columns, width_of(columns), out + column * k);
+  });
+}
+
 void wide_product(const WideProduct& p) {
   if (p.m == 0 || p.n == 0) return;
   const int64_t panels = (p.n + WIDE - 1) / WIDE, threads = at::get_num_threads();
@@ -82,20 +94,30 @@ void wide_product(const WideProduct& p) {
   spread(panels * parts, [&](int64_t task) {
     static thread_local Scratch<float> scratch;
     const int64_t column = task / parts * WIDE, part = task % parts, n = std::min(WIDE, p.n - column);
-    float* panel = scratch.get(width_of(n) * p.k + 16);
-    if (p.transposed)
-      pack_columns(p.b + column * p.b_row, p.b_row, p.k, n, width_of(n), panel);
-    else
-      pack_rows(p.b + column, p.b_row, p.k, n, width_of(n), panel);
-    const int64_t size = round_up((p.m + parts - 1) / parts, TILE);
+    const int64_t width = width_of(n), size = round_up((p.m + parts - 1) / parts, TILE);
     const int64_t from = std::min(p.m, part * size), to = std::min(p.m, from + size);
-    rows_for(n)(to - from, p.a + from * p.a_row, p.a_row, 1, panel, p.k, p.bias ? p.bias + column : nullptr,
-                false, p.c + from * p.n + column, p.n, n);
+    // At least once, so that a sum of nothing is written, too.
+    for (int64_t k = 0; k == 0 || k < p.k; k += DEEP) {
+      const int64_t deep = std::min(DEEP, p.k - k);
+      const float* panel = p.packed ? p.packed + column * p.k + k * width : nullptr;
+      if (!p.packed) {
+        float* mine = scratch.get(width * deep + 16);
+        if (p.transposed)
+          pack_columns(p.b + column * p.b_row + k, p.b_row, deep, n, width, mine);
+        else
+          pack_rows(p.b + k * p.b_row + column, p.b_row, deep, n, width, mine);
+        panel = mine;
+      }
+      const float* bias = p.bias && k == 0 ? p.bias + column : nullptr;
+      rows_for(n)(to - from, p.a + from * p.a_row + k, p.a_row, 1, panel, deep, bias, k > 0,
+                  p.c + from * p.n + column, p.n, n);
+    }
   });
 }
 
-void wide_weight_grad(const WideWeightGrad& a) {
-  if (!a.tokens || !a.n || !a.k) return;
+namespace {
+
+void add_weight_grad(const WideWeightGrad& a) {
   static thread_local Scratch<float> held;
   const int64_t width = round_up(a.k, 16), panels = (width + WIDE - 1) / WIDE;
   float* x = held.get(a.tokens * width);
@@ -116,6 +138,15 @@ void wide_weight_grad(const WideWeightGrad& a) {
                         columns);
     }
   });
+}
+
+}  // namespace
+
+void wide_weight_grad(const WideWeightGrad& a) {
+  if (!a.n || !a.k) return;
+  for (int64_t t = 0; t < a.tokens; t += DEEP)
+    add_weight_grad({a.g + t * a.g_row, a.x + t * a.x_row, a.g_row, a.x_row, a.c,
+                     std::min(DEEP, a.tokens - t), a.n, a.k});
 }
 
 }  // namespace grpo

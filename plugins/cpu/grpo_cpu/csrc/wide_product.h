@@ -11,11 +11,15 @@ struct WideProduct {
   const float* b;  // [k, n], or [n, k] where `transposed`
   ptrdiff_t b_row;
   bool transposed;
+  const float* packed;  // by `wide_pack` instead of b, or null
   const float* bias;  // [n] or null
   float* c;           // [m, n], contiguous
   int64_t m, n, k;
 };
 void wide_product(const WideProduct& p);
+// B^T [n, k], row length `stride`, in panels: wide_packed_size(n, k) numbers.
+int64_t wide_packed_size(int64_t n, int64_t k);
+void wide_pack(const float* b, ptrdiff_t stride, int64_t n, int64_t k, float* out);
 
 struct WideWeightGrad {
   const float *g, *x;  // [tokens, n], [tokens, k]
