@@ -101,7 +101,8 @@ def _warnings(config: Config) -> Iterator[Finding]:
         yield (
             "train.routing_replay",
             "train.routing_replay R2 replays the pass that takes the old log-probs,"
-            " which a step of one update (algo.mini_batches 1, algo.epochs 1) does not need; R3 replays the rollout",
+            " which a step of one update (algo.mini_batches 1, algo.epochs 1) does not need;"
+            " R3 replays the rollout",
         )
     if algo.epochs > 4:
         yield (

@@ -158,7 +158,9 @@ def test_a_plugin_cannot_take_a_command_of_the_core() -> None:
         cli.command("tune", "mine too", lambda parser: None, lambda args: 0)
 
     catalogue = load(extra={"acme": plugin(commands=commands)})
-    assert sorted(catalogue.commands) == ["conformance", "tune"] and catalogue.owners["command:tune"] == "acme"
+    assert (
+        sorted(catalogue.commands) == ["conformance", "tune"] and catalogue.owners["command:tune"] == "acme"
+    )
     assert "command 'train' belongs to 'core'" in failures(catalogue, "acme")[0]
 
 

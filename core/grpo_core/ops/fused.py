@@ -114,9 +114,9 @@ class SampleToken(Protocol):
 
         u_B is float64 in [0, 1), float32 on a device without float64. Filters apply to the tempered
         distribution in the order top-k, top-p, min-p (as vLLM and transformers do); None switches one off
-        for all rows, as do top_k 0, top_p 1 and min_p 0 for a row. Temperature 0 is greedy: the lowest id among the largest logits,
-        log-prob 0 under the sampling distribution. Log-probs are float32. A row with a NaN logit raises
-        `FloatingPointError`.
+        for all rows, as do top_k 0, top_p 1 and min_p 0 for a row. Temperature 0 is greedy: the lowest id
+        among the largest logits, log-prob 0 under the sampling distribution. Log-probs are float32. A row
+        with a NaN logit raises `FloatingPointError`.
         """
         ...
 
