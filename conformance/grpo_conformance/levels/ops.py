@@ -18,9 +18,9 @@ from ..ops.table import FAMILIES
 WHOLE_DTYPES = 2
 """The first dtypes that an offer takes are asked about every shape, and are all that a quick run asks."""
 OUTSIDE = "a value that is not declared"
-THREADED = ("above 2^16 elements", "long sequences")
-"""Shapes that the host computes with all its threads. The others are too small to share out, and threads that
-wait for one another make them a hundred times slower where something else runs beside the suite."""
+THREADED = ("above 2^16 elements",)
+"""Shapes that an offer computes with all threads of the host. Others are too small to share out, and threads
+that wait for one another make them a hundred times slower where something else runs beside the suite."""
 
 
 def cases(target: Target, *, quick: bool) -> Iterable[Case]:
@@ -90,14 +90,18 @@ def answers(
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads if shape in THREADED else 1)
+    offer = _offer(target, op, offer_id)
+    torch.set_num_threads(1)
     try:
-        return _asked(target, _offer(target, op, offer_id), dtype, shape, facts)
+        many = threads if shape in THREADED and offer.impl.rank > 0 else 1
+        return _asked(target, offer, dtype, shape, facts, many)
     finally:
         torch.set_num_threads(threads)
 
 
-def _asked(target: Target, offer: Offer, dtype: str, shape: str, facts: Mapping[str, Any]) -> Outcome:
+def _asked(
+    target: Target, offer: Offer, dtype: str, shape: str, facts: Mapping[str, Any], threads: int
+) -> Outcome:
     from ..ops.examine import Terms, examine
 
     impl, family = offer.impl, FAMILIES[offer.impl.op]
@@ -107,7 +111,7 @@ def _asked(target: Target, offer: Offer, dtype: str, shape: str, facts: Mapping[
     reference = CONTRACTS[impl.op].reference
     terms = Terms(
         device=target.device.open(0), backward=impl.backward, deterministic=impl.deterministic,
-        float64="float64" in target.probe.info.dtypes,
+        float64="float64" in target.probe.info.dtypes, threads=threads,
     )  # fmt: skip
     implementation = import_pointer(impl.load)
     if family.partner:

@@ -33,6 +33,8 @@ class Terms:
     device: torch.device
     backward: bool = False
     deterministic: bool = False
+    threads: int = 0
+    """Of the host, for the implementation alone; 0 for as many as all else has."""
     float64: bool = True
     """Whether the device has it; else such inputs (the draws of a sampler) come in float32."""
 
@@ -63,7 +65,12 @@ def ask(implementation: Any, question: Question, reference: Any, terms: Terms) -
     before: Answer | None = None
     worst: Outcome | None = None
     for name, grads in rounds:
-        answer = answer_of(implementation, given, terms.device, grads)
+        few = torch.get_num_threads()
+        torch.set_num_threads(terms.threads or few)
+        try:
+            answer = answer_of(implementation, given, terms.device, grads)
+        finally:
+            torch.set_num_threads(few)
         outcome = judge(question, answer, wanted, theirs, name)
         if outcome.status != "pass":
             return outcome

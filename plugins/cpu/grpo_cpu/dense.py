@@ -1,7 +1,7 @@
 """linear.dense in torch: the weight's gradient goes where it belongs without passing through autograd.
 
-torch has no product of bfloat16 operands with a float32 result on a CPU, so they are widened first: the contract
-says that the gradient is never rounded to the compute dtype. The C++ pack is there for speed.
+torch has no product of bfloat16 operands with a float32 result on a CPU, so they are widened first: the
+contract says that the gradient is never rounded to the compute dtype. The C++ pack is there for speed.
 """
 
 from __future__ import annotations
