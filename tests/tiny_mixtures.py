@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import write_tokenizer
+from tiny_run import write_tokenizer
 
 # Matrices of this size keep hidden states near 1, so that experts matter and near ties between them occur.
 SIZES = {

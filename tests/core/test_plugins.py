@@ -31,6 +31,7 @@ def test_the_bundled_plugins_load_without_failure() -> None:
         ("core", "grpo-core"),
         ("cpu", "grpo-core"),
         ("models", "grpo-core"),
+        ("sim", "grpo-core"),
     ]
 
 
