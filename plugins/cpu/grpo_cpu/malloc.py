@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import os
 import platform
 from collections.abc import Callable
@@ -77,22 +76,6 @@ def free_bytes() -> int | None:
     libc.mallinfo2.restype = _Info
     free: int = libc.mallinfo2().fordblks
     return free
-
-
-def large_pages(address: int, nbytes: int) -> bool:
-    """Ask the system for pages of 2 MiB in a block of memory; False where it is small or the system has none.
-
-    Paging in half a GiB takes 0.04 s then, and 0.2 s in pages of 4 KiB.
-    """
-    libc = _glibc()
-    page = mmap.PAGESIZE
-    start, stop = -(-address // page) * page, (address + nbytes) // page * page
-    if libc is None or stop - start < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return False
-    advise = libc.madvise
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    done: int = advise(start, stop - start, mmap.MADV_HUGEPAGE)
-    return done == 0
 
 
 _givers: list[Callable[[], object]] = []

@@ -6,12 +6,9 @@ to disk too, and `stats().asleep` says so: a copy in memory would free nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
-
-from grpo_core.ops.reference.memory import Held, HostMemory, Keep
+from grpo_core.ops.reference.memory import HostMemory, Keep
 
 from . import malloc
 
@@ -38,14 +35,6 @@ class CpuMemory(HostMemory):
         if keep != "none":
             malloc.trim()
 
-    def hold(self, tag: str, tensors: Iterable[Tensor]) -> None:
-        """See `Memory.hold`. What was not touched yet comes in large pages, see `malloc.large_pages`."""
-        tensors = list(tensors)
-        super().hold(tag, tensors)
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            malloc.large_pages(storage.data_ptr(), storage.nbytes())
-
     def peak(self) -> int:
         """Highest resident bytes since the last reset, as the kernel tells it."""
         if self.seen_peak is None:
@@ -58,9 +47,6 @@ class CpuMemory(HostMemory):
             CLEAR.write_text(RESET_PEAK)
         except OSError:
             super().reset_peak()
-
-    def _grown(self, row: Held) -> None:
-        malloc.large_pages(row.storage.data_ptr(), row.nbytes)
 
     def empty_cache(self) -> None:
         """Give free heap memory back to the system, where there is much of it (`LITTLE`)."""

@@ -118,7 +118,6 @@ class HostMemory:
             saved = load_file(self._file(tag)) if keep == "disk" else {}
             for index, row in enumerate(rows):
                 row.storage.resize_(row.nbytes)
-                self._grown(row)
                 content = saved.get(str(index), row.content)
                 row.bytes_view().zero_() if content is None else row.bytes_view().copy_(content)
                 row.content = None
@@ -127,9 +126,6 @@ class HostMemory:
 
     def empty_cache(self) -> None:
         """Nothing to give back: the C library keeps its own account."""
-
-    def _grown(self, row: Held) -> None:
-        """Called for a storage whose memory is new and was not touched yet."""
 
     def _rows(self, tag: str) -> list[Held]:
         if tag not in self.held:

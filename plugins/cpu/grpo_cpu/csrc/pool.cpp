@@ -3,7 +3,8 @@
 // Activations come and go in a few sizes, over and over. The C library's heap fits each of them into the best
 // of its holes, so that they wander over all of a heap that something else once made large, and page it in.
 // Here a block goes back to a list of its size and serves the next tensor of that size. Blocks are cut from
-// slabs that the system backs with large pages, and slabs without a tensor go back when asked.
+// slabs, and slabs without a tensor go back to the system when asked. They are not put on large pages: where a
+// virtual machine's host takes free memory away, a large page that comes back costs it 512 faults of its own.
 #include "pool.h"
 
 #include <ATen/EmptyTensor.h>
@@ -18,7 +19,7 @@ namespace grpo {
 namespace {
 
 constexpr size_t SMALLEST = 256 << 10;  // smaller ones are left to torch
-constexpr size_t GRAIN = 64 << 10, SLAB = 32 << 20, LARGE_PAGE = 2 << 20;
+constexpr size_t GRAIN = 64 << 10, SLAB = 32 << 20;
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -89,10 +90,9 @@ class Pool final : public c10::Allocator {
     if (place == slabs_.size()) slabs_.emplace_back();
     Slab& slab = slabs_[place];
     if (!slab.start) {
-      slab.size = round_up(std::max(size, SLAB), LARGE_PAGE);
+      slab.size = std::max(size, SLAB);
       void* p = mmap(nullptr, slab.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       TORCH_CHECK_WITH(OutOfMemoryError, p != MAP_FAILED, "no memory for ", slab.size, " bytes");
-      madvise(p, slab.size, MADV_HUGEPAGE);
       slab.start = (char*)p;
     }
     const Block block{slab.start + slab.used, place, size};
