@@ -44,6 +44,8 @@ FLAGS = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
+LITTLE_ROOM = 128 << 20
+"""Bytes of free results that are kept: paging them in again takes half of a tiny model's step."""
 TIMEOUT = 900.0
 """Seconds that one compilation may take."""
 
@@ -77,7 +79,7 @@ def load() -> Any:
             why=str(error).splitlines()[0],
             fix=f"delete {library.parent} so that it is built again, or pin the reference ops",
         ) from error
-    malloc.on_release(torch.ops.grpo_cpu.release_room)
+    malloc.on_release(functools.partial(torch.ops.grpo_cpu.release_room, LITTLE_ROOM))
     return torch.ops.grpo_cpu
 
 

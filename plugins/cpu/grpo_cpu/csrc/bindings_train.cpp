@@ -104,7 +104,7 @@ Tensor linear_packed(const Tensor& x_, const Tensor& packed, const MaybeTensor& 
 TORCH_LIBRARY_FRAGMENT(grpo_cpu, m) {
   m.def("add_weight_grad(Tensor g, Tensor x, Tensor(a!) total) -> ()", grpo::add_weight_grad);
   m.def("empty_rows(Tensor like, int rows, int columns) -> Tensor", grpo::empty_rows);
-  m.def("release_room() -> int", grpo::release_room);
+  m.def("release_room(int at_least=0) -> int", grpo::release_room);
   m.def("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor", grpo::linear);
   m.def("linear_out(Tensor x, Tensor w, Tensor(a!) y) -> ()", grpo::linear_out);
   m.def("linear_input_grad(Tensor g, Tensor w) -> Tensor", grpo::linear_input_grad);

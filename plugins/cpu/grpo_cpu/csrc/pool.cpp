@@ -34,10 +34,12 @@ class Pool final : public c10::Allocator {
 
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
-  // Returns the slabs that hold no tensor to the system; how many bytes that are.
-  int64_t release() {
+  // Returns the slabs that hold no tensor to the system, if they are this much; how many bytes that are.
+  int64_t release(int64_t at_least) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    int64_t given = 0;
+    int64_t given = 0, idle = 0;
+    for (const Slab& slab : slabs_) idle += slab.live ? 0 : (int64_t)slab.used;
+    if (idle < at_least) return 0;
     for (size_t s = 0; s < slabs_.size(); ++s) {
       Slab& slab = slabs_[s];
       if (!slab.start || slab.live) continue;
@@ -131,6 +133,6 @@ at::Tensor room(at::IntArrayRef shape, const at::Tensor& like) {
                                    like.scalar_type(), std::nullopt);
 }
 
-int64_t release_room() { return pool().release(); }
+int64_t release_room(int64_t at_least) { return pool().release(at_least); }
 
 }  // namespace grpo

@@ -7,7 +7,7 @@ namespace grpo {
 
 // A contiguous tensor of `like`'s dtype on the CPU.
 at::Tensor room(at::IntArrayRef shape, const at::Tensor& like);
-// Gives memory that holds no tensor back to the system; how many bytes.
-int64_t release_room();
+// Gives memory that holds no tensor back to the system, if it is this much; how many bytes.
+int64_t release_room(int64_t at_least);
 
 }  // namespace grpo
