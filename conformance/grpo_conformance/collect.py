@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 
 from grpo_core.errors import ConfigError
@@ -12,10 +13,11 @@ from .case import LEVELS, Case, Target
 
 
 def pick_levels(names: Sequence[str]) -> tuple[int, ...]:
-    """Level numbers from names, numbers and ranges ("ops", "2", "0-3"); all of them for nothing.
+    """Level numbers from names, numbers and ranges ("ops", "2", "0-3"); all that there are for nothing.
 
-    Raises `ConfigError` for a level that does not exist.
+    Raises `ConfigError` for a level that does not exist, or not yet.
     """
+    built = tuple(level for level in range(len(LEVELS)) if _module_exists(level))
     chosen: set[int] = set()
     for name in names:
         first, _, last = name.partition("-")
@@ -29,7 +31,18 @@ def pick_levels(names: Sequence[str]) -> tuple[int, ...]:
                 why="levels: " + ", ".join(f"{i} {known}" for i, known in enumerate(LEVELS)),
                 fix="give names, numbers or a range such as 0-3",
             )
-    return tuple(sorted(chosen)) or tuple(range(len(LEVELS)))
+    absent = sorted(chosen - set(built))
+    if absent:
+        raise ConfigError(
+            f"level {absent[0]} ({LEVELS[absent[0]]}) is not in this release",
+            why=f"it has the levels {', '.join(f'{level} {LEVELS[level]}' for level in built)}",
+            fix="ask for those, or leave --level out",
+        )
+    return tuple(sorted(chosen)) or built
+
+
+def _module_exists(level: int) -> bool:
+    return importlib.util.find_spec(f"{__package__}.levels.{LEVELS[level]}") is not None
 
 
 def collect(target: Target, *, levels: Sequence[int], quick: bool) -> list[Case]:
