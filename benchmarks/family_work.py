@@ -61,6 +61,21 @@ def _ids(draw: random.Random, length: int) -> tuple[int, ...]:
     return tuple(draw.randrange(4, VOCABULARY) for _ in range(length))
 
 
+def product_flops(folder: Path, work: Work) -> float:
+    """Floating-point operations of the products with weights, forward and backward: six for each weight that
+    a token meets, the output projection where a token is predicted. Attention's own products come on top."""
+    from grpo_core.model.hf_config import read_hf_config
+    from grpo_core.model.scale import items
+    from grpo_core.plugins import load
+
+    config = read_hf_config(folder)
+    active = dict.fromkeys(("head", "embedding", "rest"), 0)
+    for item in items(load().model_plugin_for(config["architectures"]).arch(config)):
+        active[item.name if item.name in active else "rest"] += item.count * item.active
+    predicted = sum(len(ids) for _, ids in work.sequences)
+    return 6.0 * (work.tokens * active["rest"] + predicted * active["head"])
+
+
 def our_training(folder: Path, dtype: str, work: Work, pins: Mapping[str, str]) -> Run:
     """Forward and backward of the trainer's decoder on the offers that the plan chooses."""
     import torch

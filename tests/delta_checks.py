@@ -184,12 +184,12 @@ def check_step(
 
 
 def check_conv(
-    impl: Chunk, dtype: torch.dtype, lengths: Sequence[int], *, W: int = 4, start: bool = True
+    impl: Chunk, dtype: torch.dtype, lengths: Sequence[int], *, W: int = 4, start: bool = True, C: int = 7
 ) -> None:
     generator = torch.Generator().manual_seed(2)
-    given = [torch.randn(sum(lengths), 7, generator=generator).to(dtype)]
-    given += [torch.randn(7, W, generator=generator).to(dtype)]
-    given += [torch.randn(len(lengths), 7, W - 1, generator=generator).to(dtype)] if start else []
+    given = [torch.randn(sum(lengths), C, generator=generator).to(dtype)]
+    given += [torch.randn(C, W, generator=generator).to(dtype)]
+    given += [torch.randn(len(lengths), C, W - 1, generator=generator).to(dtype)] if start else []
     cu_seqlens = cumulative(lengths)
 
     def run(x: Tensor, w: Tensor, state: Tensor | None = None) -> Any:

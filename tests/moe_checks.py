@@ -189,6 +189,37 @@ def check_experts(impl: Callable[..., Tensor], dtype: torch.dtype, case: str, C:
         assert torch.equal(impl(*inputs, torch.tensor(counts)), got[0])
 
 
+def check_main_grads(impl: Callable[..., Tensor], dtype: torch.dtype, case: str, C: int, F: int) -> None:
+    """A main grad is added to in float32 and autograd gets nothing; the rest is as without them."""
+    counts = torch.tensor(COUNTS[case])
+    inputs = [randn(int(counts.sum()), C, dtype=dtype, seed=0), *weights_of(len(counts), C, F, dtype)]
+    g_y = randn(len(inputs[0]), C, dtype=dtype, seed=4)
+    plain = [x.clone().requires_grad_() for x in inputs]
+    y = impl(*plain, counts)
+    y.backward(g_y)
+    wide = [x.double().requires_grad_() for x in inputs]
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    ones = torch.ones(len(owner), 1, dtype=torch.float64)
+    layer(wide[0], owner.view(-1, 1), ones, *wide[1:]).backward(g_y.double())
+    for lent in ((True, True), (True, False), (False, True)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        starts = [randn(*x.shape, dtype=torch.float32, seed=5) for x in inputs[1:]]
+        mains = [start.clone() if one else None for start, one in zip(starts, lent, strict=True)]
+        again = impl(*leaves, counts, main_grad_gate_up_XGC=mains[0], main_grad_down_XCF=mains[1])
+        again.backward(g_y)
+        assert torch.equal(again, y) and torch.equal(leaves[0].grad, plain[0].grad)
+        for leaf, other, exact, main, start in zip(
+            leaves[1:], plain[1:], wide[1:], mains, starts, strict=True
+        ):
+            if main is None:
+                assert torch.equal(leaf.grad, other.grad)
+                continue
+            assert leaf.grad is None
+            # As the factors' rounding has it; the sum itself is not rounded to bfloat16.
+            oracle.assert_close([(main - start).to(dtype)], [exact.grad], dtype)
+            assert torch.equal(main[counts == 0], start[counts == 0])
+
+
 def check_experts_of_strides(impl: Callable[..., Tensor], dtype: torch.dtype) -> None:
     """Slices and transposes give what contiguous tensors give, forward and backward."""
     counts = torch.tensor([2, 0, 3])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -89,7 +89,10 @@ def reference_backend() -> Backend:
         elif contract.reference is None:
             bound[op] = None
         else:
-            row = Choice(op=op, chosen="core:reference", load=contract.reference, reason="reference")
+            row = Choice(
+                op=op, chosen="core:reference", load=contract.reference, reason="reference",
+                contract=contract.version,
+            )  # fmt: skip
             bound[op] = _bind_row(row, contract)
     return _backend(bound)
 
@@ -118,7 +121,9 @@ def _bind_row(row: Choice, contract: Contract) -> Any:
             why=problem,
             fix=f"update plugin {_plugin(row)!r} or grpo-core, or pin another offer under `ops:`",
         )
-    return adapt(served, row, {name: contract.added[name][1] for name in older}) if older else served
+    if not older:
+        return served
+    return adapt(served, row, {name: contract.added[name][1] for name in older}, contract.hints)
 
 
 def _plugin(row: Choice) -> str:
@@ -131,14 +136,20 @@ def import_pointer(pointer: str) -> Any:
     return functools.reduce(getattr, path.split("."), importlib.import_module(module))
 
 
-def adapt(function: Callable[..., Any], row: Choice, neutral: Mapping[str, object]) -> Callable[..., Any]:
-    """An offer of an older contract behind the newer signature: it serves the neutral values only."""
+def adapt(
+    function: Callable[..., Any], row: Choice, neutral: Mapping[str, object],
+    hints: Collection[str] = (),
+) -> Callable[..., Any]:  # fmt: skip
+    """An offer of an older contract behind the newer signature: it serves the neutral values only, and is not
+    told of hints."""
 
     @functools.wraps(function)
     def adapted(*args: Any, **kwargs: Any) -> Any:
         for name, value in neutral.items():
             given = kwargs.pop(name, value)
             # Tensors compare by element; a neutral value is None, a flag or a number.
+            if name in hints:
+                continue
             if given is not value and not (isinstance(given, bool | int | float) and given == value):
                 raise PluginError(
                     f"{row.op}: {row.chosen} cannot serve {name}={given!r}",

@@ -113,6 +113,7 @@ def _gated_delta(mixer: GatedDelta, facts: RunFacts) -> list[Need]:
         *both("short_conv.varlen", kernel, facts),
         Need(op="short_conv.step", facts={"dtype": facts.rollout_dtype, **kernel}),
         *norm(mixer.value_head_dim, False, facts),
+        *both("mlp.swiglu", {"intermediate_size": mixer.num_value_heads * mixer.value_head_dim}, facts),
     ]
 
 

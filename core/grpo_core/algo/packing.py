@@ -74,7 +74,10 @@ def balance(costs: Sequence[int], budget: int) -> list[list[int]]:
     are within the budget; an item above the budget is alone. Deterministic; no bin is empty.
     """
     order = sorted(range(len(costs)), key=lambda index: -costs[index])
-    count = max(1, -(-sum(costs) // max(budget, 1)))
+    total = sum(costs)
+    if order and total <= budget:
+        return [order]
+    count = max(1, -(-total // max(budget, 1)))
     while order:
         heap = [(0, 0, b) for b in range(min(count, len(costs)))]
         bins: list[list[int]] = [[] for _ in heap]

@@ -16,7 +16,7 @@ from ..errors import ConfigError, RewardError
 from ..registry import Registry
 from ..types import Sample
 from .reward_pool import Pool
-from .reward_protocol import Result, RewardFn, Setup, as_number, attempt, check_call, is_async, told
+from .reward_protocol import RewardFn, Setup, as_number, attempt, check_call, is_async, told
 from .rewards import HOSTILE, PACKAGES, QUICK, regex
 
 HOSTILE_MEMORY_BYTES = 2 << 30
@@ -61,11 +61,11 @@ class RewardRunner:
         rows: list[dict[str, float]] = [{} for _ in pairs]
         for label in self.labels:
             if label in self._direct:
-                results = self._call(label, pairs)
-            else:
-                plain = [(text, _sendable(sample)) for text, sample in pairs]
-                results = self._pools[label].score(plain)
-            for result in results:
+                for row, value in zip(rows, self._call(label, pairs), strict=True):
+                    row[label] = value
+                continue
+            plain = [(text, _sendable(sample)) for text, sample in pairs]
+            for result in self._pools[label].score(plain):
                 text, sample = pairs[result.number]
                 if result.excused:
                     self.failures[label] += 1
@@ -81,7 +81,10 @@ class RewardRunner:
 
     def total(self, values: Mapping[str, float]) -> float:
         """The weighted sum of one row of `score`."""
-        return sum(self.weights[label] * value for label, value in values.items())
+        total = 0.0
+        for label, value in values.items():
+            total += self.weights[label] * value
+        return total
 
     def close(self) -> None:
         """End the worker processes."""
@@ -97,15 +100,19 @@ class RewardRunner:
     ) -> None:
         self.close()
 
-    def _call(self, label: str, pairs: Sequence[tuple[str, Sample]]) -> list[Result]:
+    def _call(self, label: str, pairs: Sequence[tuple[str, Sample]]) -> list[float]:
         function, config = self._direct[label]
-        results = []
-        for number, (text, sample) in enumerate(pairs):
-            value, error = attempt(lambda t=text, s=sample: as_number(function(t, s, **config.options)))  # type: ignore[misc]
-            results.append(Result(number=number, value=value or 0.0, error=told(error) if error else ""))
-            if error:
-                break
-        return results
+        values: list[float] = []
+
+        def call() -> None:
+            for text, sample in pairs:
+                values.append(as_number(function(text, sample, **config.options)))
+
+        error = attempt(call)[1]
+        if error is not None:
+            text, sample = pairs[len(values)]
+            raise _failed(label, sample, text, told(error))
+        return values
 
 
 def _labels(configs: Sequence[RewardConfig]) -> list[str]:

@@ -9,7 +9,6 @@ import functools
 import logging
 import re
 import unicodedata
-from collections import deque
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
@@ -47,7 +46,7 @@ def number(text: str, sample: Sample) -> float:
 
     Reads 1,234 and 2.50 and 1e3 and 3/4. Raises `GroundTruthError` for an answer without a number.
     """
-    truth = last_number(answer_of(sample))
+    truth = _true_number(answer_of(sample))
     if truth is None:
         raise GroundTruthError(f"the answer {sample.answer!r} has no number; use the reward exact or math")
     return float(last_number(text) == truth)
@@ -56,8 +55,16 @@ def number(text: str, sample: Sample) -> float:
 def last_number(text: str) -> Fraction | None:
     """The last number written in `text`, exactly, or None."""
     # \u2212 is the minus sign of typeset text.
-    found = deque(_NUMBER.finditer(text.replace("\u2212", "-")), maxlen=1)
-    return _value(*found[0].groups()) if found and len(found[0][0]) <= MAX_DIGITS else None
+    found = None
+    for match in _NUMBER.finditer(text.replace("\u2212", "-")):
+        found = match
+    return _value(*found.groups()) if found is not None and len(found[0]) <= MAX_DIGITS else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _true_number(answer: str) -> Fraction | None:
+    """`last_number` of a ground truth, which all completions of a group are compared with."""
+    return last_number(answer)
 
 
 @functools.lru_cache(maxsize=4096)

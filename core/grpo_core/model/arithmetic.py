@@ -23,13 +23,12 @@ class Arithmetic:
     """Elementwise functions, and products with the small matrices of gates and routers."""
 
     sigmoid: Function
-    silu: Function
     softplus: Function
     linear: Callable[[Tensor, Tensor], Tensor]
     """(x_TK, weight_NK) -> x W^T [T, N]"""
 
 
-FAST = Arithmetic(sigmoid=torch.sigmoid, silu=F.silu, softplus=F.softplus, linear=F.linear)
+FAST = Arithmetic(sigmoid=torch.sigmoid, softplus=F.softplus, linear=F.linear)
 
 
 def arithmetic(backend: Backend, *, consistent: bool) -> Arithmetic:
@@ -39,7 +38,6 @@ def arithmetic(backend: Backend, *, consistent: bool) -> Arithmetic:
     dense = backend.linear.dense
     return Arithmetic(
         sigmoid=rowwise.sigmoid,
-        silu=rowwise.silu,
         softplus=rowwise.softplus,
         linear=lambda x_TK, weight_NK: dense(x_TK, weight_NK, None, main_grad_NK=None),
     )

@@ -110,7 +110,11 @@ class Mixture(nn.Module):
             return ops.layer(x_TC, logits_TX, gate_up_XGC, down_XCF, **settings, ids_Tk=ids_Tk, group=None)
         weights_Tk, ids_Tk = ops.route(logits_TX, **settings, ids_Tk=ids_Tk)
         rows_RC, counts_X, record = ops.dispatch(x_TC, ids_Tk, num_experts=spec.num_experts, group=None)
-        rows_RC = ops.experts(rows_RC, gate_up_XGC, down_XCF, counts_X)
+        rows_RC = ops.experts(
+            rows_RC, gate_up_XGC, down_XCF, counts_X,
+            main_grad_gate_up_XGC=self.experts.gate_up.main_grad,
+            main_grad_down_XCF=self.experts.down.main_grad,
+        )  # fmt: skip
         return ops.combine(rows_RC, weights_Tk, record), ids_Tk
 
     def _chosen(self, logits_TX: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from .arch import GatedDelta
 from .arithmetic import Arithmetic
 from .layers import Maker, Packing
 from .segments import Tree
+
+if TYPE_CHECKING:
+    from ..ops.fused import SwiGLU
 
 L2_EPS = 1e-6
 """Under the root of the squared norm of queries and keys, as flash-linear-attention and transformers do."""
@@ -41,7 +46,7 @@ class GatedDeltaMixer(nn.Module):
             o_TKE, _, _ = self._run(mixed_TC, g_TK, beta_TK, packing.cu_seqlens, None, final=False)
         else:
             o_TKE = self._generations(mixed_TC, g_TK, beta_TK, tree)
-        y_TC: Tensor = self.out(gated_norm(self.norm(o_TKE), z_TV, self.arithmetic).flatten(1))
+        y_TC: Tensor = self.out(gated_norm(self.norm(o_TKE), z_TV, self.backend.mlp.swiglu))
         return y_TC if tree is None else tree.scatter(y_TC)
 
     def _generations(self, mixed_TC: Tensor, g_TK: Tensor, beta_TK: Tensor, tree: Tree) -> Tensor:
@@ -100,6 +105,6 @@ def l2_norm(x_THD: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x_THD.dtype)
 
 
-def gated_norm(normed_TKE: Tensor, z_TV: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """The normed output times silu(z), the product taken in float32; [T, K, E]."""
-    return (normed_TKE * arithmetic.silu(z_TV.view(normed_TKE.shape).float())).to(normed_TKE.dtype)
+def gated_norm(normed_TKE: Tensor, z_TV: Tensor, swiglu: SwiGLU) -> Tensor:
+    """The normed output times silu(z), [T, K * E]: a SwiGLU, whose product is taken in float32."""
+    return swiglu(torch.cat([z_TV, normed_TKE.flatten(1)], dim=-1))

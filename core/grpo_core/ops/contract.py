@@ -29,6 +29,8 @@ class Contract:
     """Whether the reference is differentiable."""
     added: Mapping[str, tuple[int, object]] = field(default_factory=lambda: MappingProxyType({}))
     """Keyword -> (version that added it, neutral value): older offers serve calls with the neutral value."""
+    hints: tuple[str, ...] = ()
+    """Added keywords that only save work: an older offer serves every call, as if they had not been given."""
 
 
 _ATTENTION, _FUSED = "grpo_core.ops.attention", "grpo_core.ops.fused"
@@ -145,6 +147,9 @@ _ROWS = (
     ),
     Contract(
         op="moe.experts",
+        version=1,
+        added={"main_grad_gate_up_XGC": (1, None), "main_grad_down_XCF": (1, None)},
+        hints=("main_grad_gate_up_XGC", "main_grad_down_XCF"),
         hook="fused_moe",
         protocol=f"{_MOE}:MoeExperts",
         reference=f"{_REF_MOE}:experts",
@@ -207,6 +212,9 @@ _ROWS = (
     ),
     Contract(
         op="loss.logprob",
+        version=1,
+        added={"main_grad_VC": (1, None)},
+        hints=("main_grad_VC",),
         hook="fused_ops",
         protocol=f"{_FUSED}:LogProb",
         reference=f"{_REF_F}:logprob",

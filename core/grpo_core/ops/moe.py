@@ -60,11 +60,21 @@ class MoeDispatch(Protocol):
 class MoeExperts(Protocol):
     """Grouped SwiGLU feed-forward. Differentiable in rows and both weights."""
 
-    def __call__(self, rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor) -> Tensor:
+    def __call__(
+        self,
+        rows_RC: Tensor,
+        gate_up_XGC: Tensor,
+        down_XCF: Tensor,
+        counts_X: Tensor,
+        *,
+        main_grad_gate_up_XGC: Tensor | None = None,
+        main_grad_down_XCF: Tensor | None = None,
+    ) -> Tensor:
         """Returns rows_RC: down[x] (silu(gate[x] row) * (up[x] row)) of the expert x of each row.
 
         gate_up is [X, 2F, C] (gate, then up), down [X, C, F], both in the rows' dtype; counts_X int64 adds
-        up to R. An expert without rows has a gradient of zeros, or none.
+        up to R. An expert without rows has a gradient of zeros, or none. The main grads (float32, contiguous)
+        take the gradients of the weights, as `DenseLinear` says; each may be given alone.
         """
         ...
 

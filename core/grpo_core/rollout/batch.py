@@ -52,6 +52,8 @@ class StepAt(NamedTuple):
     """One for each distinct rotary setting of the model."""
     positions: Tensor
     """int64 [B]; where each token is written."""
+    seqlens_k: Tensor
+    """int64 [B]; positions + 1, one tensor for all layers: a kernel may want it on the host."""
     slots: Tensor
     """int64 [B]"""
     rows: Tensor

@@ -149,7 +149,7 @@ class MixedDecoder(_Decoder):
     ) -> Tensor:
         """See `DenseDecoder.step`."""
         norm = self._norm
-        at = StepAt(self._turns(positions_B), positions_B, slots_B, self._rows(slots_B))
+        at = StepAt(self._turns(positions_B), positions_B, positions_B + 1, slots_B, self._rows(slots_B))
         residual = embedding(tokens_B, self._embed)
         x = norm(residual, self._first_norm, residual=None)
         for step, _, out, mlp_norm, feed_forward, next_norm in self._layers:

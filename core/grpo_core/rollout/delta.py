@@ -40,6 +40,7 @@ class DeltaMixer:
             backend.norm.rms, w=plain[f"{prefix}.norm.weight"], eps=arch.rms_norm_eps, residual=None,
             zero_centered=False,
         )  # fmt: skip
+        self.swiglu = backend.mlp.swiglu
         self.arithmetic = arithmetic
         self.scale = spec.key_head_dim**-0.5
         values = spec.num_value_heads * spec.value_head_dim
@@ -54,7 +55,7 @@ class DeltaMixer:
             *heads(self.spec, mixed_BC), g_BK, beta_BK,
             state_NKDE=self.state.delta_NKDE, slots=at.rows, scale=self.scale,
         )  # fmt: skip
-        return gated_norm(self.norm(o_BKE), z_BV, self.arithmetic).flatten(1)
+        return gated_norm(self.norm(o_BKE), z_BV, self.swiglu)
 
     def prefill(self, x_TC: Tensor, at: PrefillAt) -> Tensor:
         """The heads' outputs for a pass, [T, K * E]; each chunk goes on from its sequence's state."""
@@ -73,4 +74,4 @@ class DeltaMixer:
         assert window_SCW is not None and delta_SKDE is not None
         state.window_NCW.index_copy_(0, at.rows, window_SCW)
         state.delta_NKDE.index_copy_(0, at.rows, delta_SKDE)
-        return gated_norm(self.norm(o_TKE), z_TV, self.arithmetic).flatten(1)
+        return gated_norm(self.norm(o_TKE), z_TV, self.swiglu)

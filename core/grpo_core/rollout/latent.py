@@ -52,7 +52,7 @@ class LatentMixer:
         self.cache.write(latent_BL, k_rope_BR, slots_T=at.slots, positions_T=at.positions)
         o_BHE = self.ops.decode(
             q_nope_BHN, q_rope_BHR, self.cache, self.w_uk_HNL, self.w_uv_HEL,
-            seqlens_k=at.positions + 1, slots=at.slots, scale=self.spec.scale,
+            seqlens_k=at.seqlens_k, slots=at.slots, scale=self.spec.scale,
         )  # fmt: skip
         return o_BHE.flatten(1)
 

@@ -123,13 +123,18 @@ class TokenSampler:
     def _held_back(
         self, logits_BV: Tensor, keys_B: NDArray[np.uint64], counts_B: NDArray[np.int64]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        below_B = torch.from_numpy(counts_B < self.min_tokens).to(self.device)
+        below = counts_B < self.min_tokens
+        below_B = None if below.all() else torch.from_numpy(below).to(self.device)
         held_BS = logits_BV.index_select(1, self.stop_ids)
-        masked_BS = held_BS.masked_fill(below_B[:, None], float("-inf"))
-        logits_BV.index_copy_(1, self.stop_ids, masked_BS)
+        if below_B is None:
+            logits_BV.index_fill_(1, self.stop_ids, float("-inf"))
+        else:
+            logits_BV.index_copy_(1, self.stop_ids, held_BS.masked_fill(below_B[:, None], float("-inf")))
         ids_B, logprob_B, logprob1_B = self._draw(logits_BV, keys_B, counts_B)
         # At temperature 1 "no filter" includes the mask, so its mass goes back into the normalizer:
         # log Z = log(Z_masked + sum of the held back), and log Z_masked = logit - logprob1.
         chosen_B = logits_BV.gather(1, ids_B[:, None])[:, 0].float()
-        norm_B = torch.logaddexp(chosen_B - logprob1_B, held_BS.float().logsumexp(1))
-        return ids_B, logprob_B, torch.where(below_B, chosen_B - norm_B, logprob1_B)
+        held_BS = held_BS.float()
+        mass_B = held_BS[:, 0] if held_BS.shape[1] == 1 else held_BS.logsumexp(1)
+        whole_B = chosen_B - torch.logaddexp(chosen_B - logprob1_B, mass_B)
+        return ids_B, logprob_B, whole_B if below_B is None else torch.where(below_B, whole_B, logprob1_B)

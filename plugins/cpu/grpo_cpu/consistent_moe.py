@@ -33,7 +33,10 @@ def route(
     return weights_Tk * scale, chosen_Tk
 
 
-def experts(rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor) -> Tensor:
+def experts(
+    rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor, *,
+    main_grad_gate_up_XGC: Tensor | None = None, main_grad_down_XCF: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.moe.MoeExperts`."""
     counts = counts_X.tolist()
 
@@ -46,7 +49,10 @@ def experts(rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Te
         return y_RC
 
     def smooth(rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor) -> Tensor:
-        return gradient.experts(rows_RC, gate_up_XGC, down_XCF, counts_X)
+        return gradient.experts(
+            rows_RC, gate_up_XGC, down_XCF, counts_X, main_grad_gate_up_XGC=main_grad_gate_up_XGC,
+            main_grad_down_XCF=main_grad_down_XCF,
+        )  # fmt: skip
 
     y_RC = borrowed(exact, smooth, rows_RC, gate_up_XGC, down_XCF)
     assert isinstance(y_RC, Tensor)

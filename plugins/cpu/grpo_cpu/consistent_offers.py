@@ -9,6 +9,8 @@ from collections.abc import Container, Iterable, Mapping
 
 from grpo_core.impl import Impl
 
+from .contracts import WRITTEN_FOR
+
 RANK = 10
 CACHE_ID = "core:reference"
 _FLOATS: Mapping[str, Container[object]] = {"dtype": frozenset({"bfloat16", "float32"})}
@@ -46,6 +48,7 @@ def _offer(op: str, target: str, limits: Mapping[str, Container[object]], *, bac
         limits=limits,
         backward=backward,
         deterministic=True,
+        contract=WRITTEN_FOR.get(op, 0),
         batch_invariant=True,
         rank=RANK,
     )

@@ -28,6 +28,7 @@ def prefill(
     K = layer.table.heads
     ends = bounds(cu_seqlens_q, T)
     o_THE = q_THD.new_empty(T, H, layer.v_RE.shape[1])
+    acc = torch.promote_types(q_THD.dtype, torch.float32)
     for index, (slot, length) in enumerate(zip(slots.tolist(), seqlens_k.tolist(), strict=True)):
         start, end = ends[index], ends[index + 1]
         if start == end:
@@ -42,9 +43,10 @@ def prefill(
             q_KMD = q_THD[block].view(Q, K, H // K, D).transpose(0, 1).reshape(K, Q * (H // K), D)
             back_QS = torch.arange(block.start, block.stop)[:, None] + (length - end) - at_S
             hidden_QS = (back_QS < 0) if window is None else (back_QS < 0) | (back_QS >= window)
-            mask_QS = torch.zeros(hidden_QS.shape, dtype=q_THD.dtype).masked_fill_(hidden_QS, -torch.inf)
+            mask_QS = torch.zeros(hidden_QS.shape, dtype=acc).masked_fill_(hidden_QS, -torch.inf)
             mask_MS = mask_QS.repeat_interleave(H // K, 0)
-            p_KMS = _softmax(torch.baddbmm(mask_MS, q_KMD, k_KSD.transpose(1, 2), alpha=scale))
+            scores_KMS = torch.baddbmm(mask_MS, q_KMD.to(acc), k_KSD.to(acc).transpose(1, 2), alpha=scale)
+            p_KMS = torch.softmax(scores_KMS, -1).to(q_THD.dtype)
             o_KQW = torch.bmm(p_KMS, v_KSE).view(K, Q, -1)
             o_THE[block] = o_KQW.transpose(0, 1).reshape(Q, H, -1)
     return o_THE
@@ -61,10 +63,11 @@ def decode(
     if B == 0:
         return q_BHD.new_empty(0, H, layer.v_RE.shape[1])
     plan = layer.table.decode_plan(slots, seqlens_k)
-    q_KBrD = q_BHD.view(B, K, rep, D).transpose(0, 1).contiguous()
+    q_KBrD = q_BHD.view(B, K, rep, D).transpose(0, 1).to(torch.promote_types(q_BHD.dtype, torch.float32))
+    q_KBrD = q_KBrD.contiguous()
     own_KBrS = _own(q_KBrD, layer.k_RD, plan, transpose=True)
     parts = [_prefix(q_KBrD, layer.k_RD, plan, transpose=True)] if plan.N else []
-    scores_KBrS = torch.cat([*parts, own_KBrS], -1).to(torch.promote_types(q_BHD.dtype, torch.float32))
+    scores_KBrS = torch.cat([*parts, own_KBrS], -1)
     scores_KBrS.mul_(scale).masked_fill_(plan.hidden(window)[:, None], -torch.inf)
     p_KBrS = torch.softmax(scores_KBrS, -1).to(q_BHD.dtype)
     o_KBrE = _own(p_KBrS[..., plan.P :].contiguous(), layer.v_RE, plan, transpose=False)
@@ -77,7 +80,7 @@ def decode(
 def _own(x_KBrX: Tensor, pool_RD: Tensor, plan: DecodePlan, *, transpose: bool) -> Tensor:
     """Products with the keys (or values) of each sequence's own, [K, B, rep, ...]."""
     K, B, rep, X = x_KBrX.shape
-    rows_bSD = pool_RD.index_select(0, plan.own_rows).view(K * B, plan.S, pool_RD.shape[1])
+    rows_bSD = pool_RD.index_select(0, plan.own_rows).view(K * B, plan.S, pool_RD.shape[1]).to(x_KBrX.dtype)
     return torch.bmm(x_KBrX.view(K * B, rep, X), rows_bSD.mT if transpose else rows_bSD).view(K, B, rep, -1)
 
 
@@ -86,15 +89,10 @@ def _prefix(x_KBrX: Tensor, pool_RD: Tensor, plan: DecodePlan, *, transpose: boo
     what the first member got, which the caller hides."""
     K, _, rep, X = x_KBrX.shape
     rows_nPD = pool_RD.index_select(0, plan.prefix_rows).view(K * plan.N, plan.P, pool_RD.shape[1])
+    rows_nPD = rows_nPD.to(x_KBrX.dtype)
     x_nMX = x_KBrX.index_select(1, plan.members).view(K * plan.N, plan.M * rep, X)
     y_KMrY = torch.bmm(x_nMX, rows_nPD.mT if transpose else rows_nPD).view(K, plan.N * plan.M, rep, -1)
     return y_KMrY.index_select(1, plan.member_at)
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    if scores.dtype == torch.bfloat16:
-        return torch.softmax(scores.float(), -1).bfloat16()
-    return torch.softmax(scores, -1)
 
 
 def _shared(cache: LayerCache) -> SharedLayer:

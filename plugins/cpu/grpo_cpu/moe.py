@@ -95,14 +95,18 @@ class _Gather(torch.autograd.Function):
         return g_rows_NC, None if g_weights_N is None else g_weights_N.view_as(weights_Tk), None
 
 
-def experts(rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor) -> Tensor:
+def experts(
+    rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor, *,
+    main_grad_gate_up_XGC: Tensor | None = None, main_grad_down_XCF: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.moe.MoeExperts`. Raises ValueError for counts that do not add up to the rows."""
     counts = counts_X.tolist()
     if len(counts) != gate_up_XGC.shape[0] or sum(counts) != rows_RC.shape[0] or min(counts) < 0:
         raise ValueError(
             f"{rows_RC.shape[0]} rows of {gate_up_XGC.shape[0]} experts against counts {counts[:8]}..."
         )
-    y_RC: Tensor = _Experts.apply(rows_RC, gate_up_XGC, down_XCF, counts)
+    mains = main_grad_gate_up_XGC, main_grad_down_XCF
+    y_RC: Tensor = _Experts.apply(rows_RC, gate_up_XGC, down_XCF, counts, mains)
     return y_RC
 
 
@@ -111,13 +115,14 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts: list[int]
-    ) -> Tensor:
+        ctx: Any, rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts: list[int],
+        mains: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:  # fmt: skip
         gate_up_RG = rows_RC.new_empty(rows_RC.shape[0], gate_up_XGC.shape[1])
         for x, part in slices(counts):
             torch.mm(rows_RC[part], gate_up_XGC[x].t(), out=gate_up_RG[part])
         ctx.save_for_backward(rows_RC, gate_up_XGC, down_XCF, gate_up_RG)
-        ctx.counts = counts
+        ctx.counts, ctx.mains = counts, mains
         h_RF = swiglu_forward(gate_up_RG)
         y_RC = rows_RC.new_empty(rows_RC.shape[0], down_XCF.shape[1])
         for x, part in slices(counts):
@@ -125,19 +130,22 @@ class _Experts(torch.autograd.Function):
         return y_RC
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RC, gate_up_XGC, down_XCF, gate_up_RG = ctx.saved_tensors
-        need_rows, need_gate_up, need_down, _ = ctx.needs_input_grad
+        need_rows, need_gate_up, need_down, *_ = ctx.needs_input_grad
+        main_gate_up_XGC, main_down_XCF = ctx.mains
         g_down_XCF = None
         if need_down:
-            g_down_XCF = _weight_gradient(grads[0], swiglu_forward(gate_up_RG), ctx.counts)
+            g_down_XCF = _weight_gradient(grads[0], swiglu_forward(gate_up_RG), ctx.counts, main_down_XCF)
         if not (need_rows or need_gate_up):
-            return None, None, g_down_XCF, None
+            return None, None, g_down_XCF, None, None
         g_h_RF = _through(grads[0], down_XCF, ctx.counts)
         g_gate_up_RG = swiglu_backward(gate_up_RG, g_h_RF)
-        g_gate_up_XGC = _weight_gradient(g_gate_up_RG, rows_RC, ctx.counts) if need_gate_up else None
+        g_gate_up_XGC = None
+        if need_gate_up:
+            g_gate_up_XGC = _weight_gradient(g_gate_up_RG, rows_RC, ctx.counts, main_gate_up_XGC)
         g_rows_RC = _through(g_gate_up_RG, gate_up_XGC, ctx.counts) if need_rows else None
-        return g_rows_RC, g_gate_up_XGC, g_down_XCF, None
+        return g_rows_RC, g_gate_up_XGC, g_down_XCF, None, None
 
 
 def slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -157,8 +165,13 @@ def _through(g_RN: Tensor, weight_XNK: Tensor, counts: list[int]) -> Tensor:
     return g_RK
 
 
-def _weight_gradient(g_RN: Tensor, x_RK: Tensor, counts: list[int]) -> Tensor:
-    """The gradient of a linear layer's weight, expert by expert in one tensor; zeros without rows."""
+def _weight_gradient(g_RN: Tensor, x_RK: Tensor, counts: list[int], main_XNK: Tensor | None) -> Tensor | None:
+    """The gradient of a linear layer's weight, expert by expert in one tensor; zeros without rows. None where
+    it is added to `main`."""
+    if main_XNK is not None:
+        for x, part in slices(counts):
+            main_XNK[x].addmm_(g_RN[part].t().to(main_XNK.dtype), x_RK[part].to(main_XNK.dtype))
+        return None
     g_XNK = g_RN.new_empty(len(counts), g_RN.shape[1], x_RK.shape[1])
     for x, part in slices(counts):
         torch.mm(g_RN[part].t(), x_RK[part], out=g_XNK[x])

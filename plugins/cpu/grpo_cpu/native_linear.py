@@ -12,9 +12,12 @@ from torch import Tensor
 
 from grpo_core.ops.reference.fused import check_same
 
+from .native import load
 from .native_ops import tracked
 from .native_products import products_of
 from .remake import Maker, maker_of
+
+_ops = load()
 
 
 def dense(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, main_grad_NK: Tensor | None) -> Tensor:
@@ -49,7 +52,7 @@ class _Dense(torch.autograd.Function):
             else:
                 ops.add_weight_grad(g_TN, x_TK, main_grad_NK)
         g_x_TK = ops.input_grad(g_TN, weight_NK) if ctx.needs_input_grad[0] else None
-        g_bias_N = g_TN.sum(0, dtype=torch.float32).to(g_TN.dtype) if ctx.needs_input_grad[2] else None
+        g_bias_N = _ops.bias_grad(g_TN) if ctx.needs_input_grad[2] else None
         return g_x_TK, g_weight_NK, g_bias_N, None, None
 
 

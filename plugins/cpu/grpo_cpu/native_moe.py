@@ -140,11 +140,15 @@ class _Combine(torch.autograd.Function):
         return g_rows_NC, None if g_weights_Tk is None else g_weights_Tk.to(weights_Tk.dtype), None
 
 
-def experts(rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor) -> Tensor:
+def experts(
+    rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor, *,
+    main_grad_gate_up_XGC: Tensor | None = None, main_grad_down_XCF: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """moe.experts. Raises ValueError for counts that do not add up to the rows."""
     weights = gate_up_XGC, down_XCF
     if torch.is_grad_enabled() and any(x.requires_grad for x in (rows_RC, *weights)):
-        y_RC: Tensor = _Experts.apply(rows_RC, *weights, counts_X)
+        mains = main_grad_gate_up_XGC, main_grad_down_XCF
+        y_RC: Tensor = _Experts.apply(rows_RC, *weights, counts_X, mains)
         return y_RC
     result: Tensor = _ops.moe_experts(rows_RC, *weights, counts_X, False)[0]
     return result
@@ -154,12 +158,16 @@ class _Experts(torch.autograd.Function):
     """Keeps the rows and the input of SwiGLU; its output is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor,
+        mains: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:  # fmt: skip
         y_RC, kept_RG = _ops.moe_experts(rows_RC, gate_up_XGC, down_XCF, counts_X, True)
         ctx.save_for_backward(rows_RC, gate_up_XGC, down_XCF, counts_X, kept_RG)
+        ctx.mains = mains
         return y_RC
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:3]
-        return (*_ops.moe_experts_backward(*ctx.saved_tensors, grads[0], *wanted), None)
+        return (*_ops.moe_experts_backward(*ctx.saved_tensors, grads[0], *wanted, *ctx.mains), None, None)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Container, Iterable, Mapping
 
 from grpo_core.impl import DeviceInfo, Impl, Need
 
+from .contracts import WRITTEN_FOR
+
 RANK = 80
 CACHE_ID = "cpu:native"
 LATENT_CACHE_ID = "cpu:torch"
@@ -107,6 +109,7 @@ def _offer(
         when=when,
         backward=backward,
         deterministic=True,
+        contract=WRITTEN_FOR.get(op, 0),
         batch_invariant=op in ROW_BY_ROW,
         rank=RANK,
     )

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 BLOCK = 32
 """Tokens of a block."""
@@ -38,14 +39,29 @@ class SlotTable:
         self.max_tokens = max_tokens
         self.num_blocks = -(-max_tokens // BLOCK) + max_slots
         self.width = 0
-        self.rows = torch.zeros(max_slots, 2 * self.width + HEADER + 1, dtype=torch.int32)
-        self._cells = self.rows.numpy()
-        """The same memory: a short list is written ten times as fast as through a tensor."""
+        self._rows = torch.zeros(max_slots, HEADER + 1, dtype=torch.int32)
+        self._cells = self._rows.numpy()
+        """The same memory: lists are written ten times as fast as through a tensor."""
+        self._stale: set[int] = set()
+        """Slots whose rows are to be written, ..."""
+        self._gone: set[int] = set()
+        """... and those whose rows are to be emptied."""
         self._slots: dict[int, _Slot] = {}
         self._free_slots: list[int] = []
         self._free_blocks: list[int] = []
         self._tokens = 0
         self.reset()
+
+    @property
+    def rows(self) -> Tensor:
+        """int32 [max_slots, 2 * width + 4]; written here, because slots come and go by the hundred."""
+        if self._gone:
+            # No blocks used and none shared: nothing else is read then.
+            self._cells[list(self._gone), :2] = 0
+            self._gone.clear()
+        if self._stale:
+            self._write_rows()
+        return self._rows
 
     @property
     def alive(self) -> int:
@@ -58,7 +74,9 @@ class SlotTable:
         self._free_slots = list(range(self.max_slots - 1, -1, -1))
         self._free_blocks = list(range(self.num_blocks - 1, -1, -1))
         self._tokens = 0
-        self.rows.zero_()
+        self._stale.clear()
+        self._gone.clear()
+        self._cells.fill(0)
 
     def open(self, length: int, *, parent: int | None, prefix: int) -> int | None:
         """A slot with room for `length` tokens after `prefix` of its parent's, or None when full.
@@ -87,7 +105,7 @@ class SlotTable:
             self._slots[parent].children += 1
         self._slots[number] = _Slot(blocks, starts, shared, length, parent)
         self._tokens += length
-        self._write_row(number)
+        self._stale.add(number)
         return number
 
     def free(self, slot: int) -> None:
@@ -99,7 +117,8 @@ class SlotTable:
             self._free_blocks.extend(reversed(gone.blocks[gone.shared :]))
             self._free_slots.append(at)
             self._tokens -= gone.own
-            self._cells[at] = 0
+            self._stale.discard(at)
+            self._gone.add(at)
             at = gone.parent
             if at is not None:
                 self._slots[at].children -= 1
@@ -110,22 +129,19 @@ class SlotTable:
             raise ValueError(f"slot {slot} is not alive")
         return entry
 
-    def _write_row(self, number: int) -> None:
-        slot = self._slots[number]
-        if len(slot.blocks) > self.width:
-            self._widen(max(len(slot.blocks), 2 * self.width))
-        else:
-            self._cells[number] = self._row(number)
+    def _write_rows(self) -> None:
+        numbers = list(self._stale)
+        self._stale.clear()
+        longest = max(len(self._slots[number].blocks) for number in numbers)
+        if longest > self.width:
+            self.width = max(longest, 2 * self.width)
+            self._rows = torch.zeros(self.max_slots, 2 * self.width + HEADER + 1, dtype=torch.int32)
+            self._cells = self._rows.numpy()
+            numbers = list(self._slots)
+        self._cells[numbers] = [self._row(number) for number in numbers]
 
     def _row(self, number: int) -> list[int]:
         slot = self._slots[number]
         pad = [0] * (self.width - len(slot.blocks))
         owner = number if slot.parent is None else slot.parent
         return [len(slot.blocks), slot.shared, owner, *slot.starts, *pad, *slot.blocks, *pad]
-
-    def _widen(self, width: int) -> None:
-        self.width = width
-        self.rows = torch.zeros(self.max_slots, 2 * width + HEADER + 1, dtype=torch.int32)
-        self._cells = self.rows.numpy()
-        for number in self._slots:
-            self._cells[number] = self._row(number)

@@ -1,8 +1,8 @@
 """Results that are not kept for the backward pass, because their maker can make them again at little cost.
 
 A norm or a SwiGLU keeps its own inputs anyway, so the linear layer behind it need not keep their result: it
-asks the node of autograd's graph that made it. Nodes come in the order of the graph: that of the linear
-layer, which asks, always before the one asked, which frees what it kept.
+asks the node of autograd's graph that made it. Little results are kept all the same. Nodes come in the order
+of the graph: that of the linear layer, which asks, always before the one asked, which frees what it kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+LITTLE = 4 << 20
+"""Bytes of a result that is kept: a small model's step feels the work and not the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,9 @@ class Maker:
 def maker_of(x: Tensor) -> Maker | None:
     """The maker of a tensor, or None where the tensor must be kept."""
     make = getattr(x.grad_fn, "make_again", None)
-    return Maker(x.grad_fn, make) if make is not None and x.output_nr == 0 else None
+    if make is None or x.output_nr != 0 or x.nbytes <= LITTLE:
+        return None
+    return Maker(x.grad_fn, make)
 
 
 def kept(ctx: Any) -> tuple[Tensor, ...]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Container, Iterable, Mapping
 
 from grpo_core.impl import NOTHING, DeviceInfo, Impl, Need
 
+from .contracts import WRITTEN_FOR
+
 CACHE_ID = "cpu:torch"
 _FLOATS: Mapping[str, Container[object]] = {"dtype": frozenset({"bfloat16", "float32"})}
 
@@ -66,5 +68,6 @@ def _offer(
         when=when,
         backward=backward,
         deterministic=True,
+        contract=WRITTEN_FOR.get(op, 0),
         rank=50,
     )

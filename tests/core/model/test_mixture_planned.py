@@ -81,6 +81,40 @@ def test_planned_mixture_gradients_equal_those_of_the_references(
         assert error / max(float(gradient.norm()), 1e-3 * largest) < 1e-3, name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES[:3], ids="-".join)
+@pytest.mark.parametrize("kind", ["references", "planned"])
+def test_main_grads_take_the_experts_gradients_and_the_rest_stays(
+    kind: str, case: tuple[str, str], dtype: str, backend: Any
+) -> None:
+    model = model_of(case)
+    used = backend if kind == "references" else planned(model, dtype)
+    decoder = decoder_of(model, used, getattr(torch, dtype))
+    layout = packed(*shared_groups())
+    found: list[dict[str, torch.Tensor]] = []
+    for lent in (False, True):
+        mains = {
+            f"{name}.weight": torch.ones(layer.weight.shape)
+            for name, layer in decoder.named_modules()
+            if lent and hasattr(layer, "main_grad") and "experts" in name
+        }
+        for name, main in mains.items():
+            decoder.get_submodule(name.removesuffix(".weight")).main_grad = main
+        hidden_TC = decoder(**layout, recompute=True)
+        weights = torch.randn(hidden_TC.shape, generator=torch.Generator().manual_seed(2))
+        gradients = weighted(hidden_TC, weights, decoder)
+        assert all(not gradients[name].any() for name in mains)
+        found.append({**gradients, **{name: main - 1 for name, main in mains.items()}})
+        assert bool(mains) == lent
+    # A main grad of 1 keeps less than the gradient's last digits; bfloat16 rounds what autograd is given.
+    close = {"float32": {"rtol": 1e-4, "atol": 1e-5}, "bfloat16": {"rtol": 2**-7, "atol": 1e-4}}[dtype]
+    for name, gradient in found[0].items():
+        scale = float(gradient.abs().max()) or 1.0
+        torch.testing.assert_close(
+            found[1][name] / scale, gradient.float() / scale, **close, check_dtype=False
+        )
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_planned_mixture_in_bfloat16_is_as_near_to_float32_as_the_references(
     case: tuple[str, str], backend: Any

@@ -88,6 +88,8 @@ def test_strides_and_single_gradients() -> None:
     check.check_gradient_of_few(moe.experts, torch.float32)
     check.check_combine_rounds_once(moe.dispatch, moe.combine)
     check.check_refusals(moe.dispatch, moe.experts)
+    for dtype in (torch.float32, torch.bfloat16):
+        check.check_main_grads(moe.experts, dtype, "uneven", 64, 48)
 
 
 def test_a_group_of_one_rank_is_no_group() -> None:

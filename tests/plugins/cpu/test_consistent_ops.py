@@ -100,6 +100,7 @@ def test_experts(dtype: torch.dtype) -> None:
     for case in moe_checks.COUNTS:
         for size in moe_checks.SIZES:
             moe_checks.check_experts(consistent_moe.experts, dtype, case, *size)
+    moe_checks.check_main_grads(consistent_moe.experts, dtype, "uneven", 64, 48)
     parts = (moe.dispatch, consistent_moe.experts, consistent_moe.combine)
     for ids in moe_checks.IDS.values():
         moe_checks.check_layer(parts, dtype, ids)

@@ -128,6 +128,7 @@ def test_inputs_that_are_made_again_give_the_gradients_of_kept_ones(
     recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = native()
+    monkeypatch.setattr("grpo_cpu.remake.LITTLE", 0)
     make = torch.Generator().manual_seed(3)
     sizes = ((40, 64), (64,), (96, 64), (64, 48))
     x, *weights = (torch.randn(size, generator=make).bfloat16().requires_grad_() for size in sizes)
@@ -149,8 +150,12 @@ def test_inputs_that_are_made_again_give_the_gradients_of_kept_ones(
         assert made.count_nonzero() > 0 and torch.equal(made, kept)
 
 
-def test_a_norm_and_a_swiglu_before_a_linear_keep_no_result() -> None:
+@pytest.mark.parametrize("little", [0, 4 << 20])
+def test_a_norm_and_a_swiglu_before_a_linear_keep_no_result_unless_it_is_little(
+    little: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = native()
+    monkeypatch.setattr("grpo_cpu.remake.LITTLE", little)
     held: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,7 +171,8 @@ def test_a_norm_and_a_swiglu_before_a_linear_keep_no_result() -> None:
         y = module.dense(h, w, None, main_grad_NK=torch.zeros(32, 32))
         z = native_ops.swiglu(y)
         module.dense(z, w[:, :16].contiguous(), None, main_grad_NK=torch.zeros(32, 16))
-    assert not {h.untyped_storage().data_ptr(), z.untyped_storage().data_ptr()} & set(held)
+    results = {h.untyped_storage().data_ptr(), z.untyped_storage().data_ptr()}
+    assert results & set(held) == (results if little else set())
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, BF16), (torch.float32, 2.0**-24)])

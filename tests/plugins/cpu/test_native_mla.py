@@ -1,4 +1,4 @@
-"""mla.varlen and mla.prefill of the C++ pack, bfloat16 with heads that are multiples of 32."""
+"""mla.varlen and mla.prefill of the C++ pack, with heads that are multiples of 32."""
 
 from __future__ import annotations
 
@@ -22,28 +22,33 @@ from grpo_cpu.mla_absorbed import decode
 from grpo_cpu.mla_cache import SharedLatentCache
 
 SIZES = (3, 16, 16, 64, 24)
+DTYPES = [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", check.TREES)
-def test_varlen_with_parents(case: str) -> None:
-    check.check_varlen(native_mla.varlen, torch.bfloat16, *check.TREES[case], sizes=SIZES)
+def test_varlen_with_parents(case: str, dtype: torch.dtype) -> None:
+    check.check_varlen(native_mla.varlen, dtype, *check.TREES[case], sizes=SIZES)
 
 
-def test_varlen_without_parents() -> None:
-    check.check_varlen(native_mla.varlen, torch.bfloat16, [40, 0, 70], None, sizes=SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_varlen_without_parents(dtype: torch.dtype) -> None:
+    check.check_varlen(native_mla.varlen, dtype, [40, 0, 70], None, sizes=SIZES)
 
 
-def test_packed_isolation() -> None:
-    check.check_isolation(native_mla.varlen, torch.bfloat16, SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_isolation(dtype: torch.dtype) -> None:
+    check.check_isolation(native_mla.varlen, dtype, SIZES)
 
 
-def test_generation_and_long_prefills() -> None:
-    spec = replace(cache_checks.spec(torch.bfloat16), num_key_value_heads=1, head_dim=40, v_head_dim=24)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_generation_and_long_prefills(dtype: torch.dtype) -> None:
+    spec = replace(cache_checks.spec(dtype), num_key_value_heads=1, head_dim=40, v_head_dim=24)
     for run in (cache_checks.check_generation, check.check_long_prefills):
         run(
             check.LatentModel(
                 cache=SharedLatentCache(spec), decode=decode, prefill=native_mla.prefill,
-                dtype=torch.bfloat16, sizes=SIZES,
+                dtype=dtype, sizes=SIZES,
             )
         )  # fmt: skip
 
@@ -58,6 +63,6 @@ def test_heads_that_the_kernels_lack_are_refused() -> None:
     assert "compiler" in str(refuse_mla(DeviceInfo(type="cpu", features=frozenset({"avx512_bf16"})), need))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_varlen_equals_deepseek_v3_of_transformers(dtype: torch.dtype) -> None:
     transformer_mixers.check_deepseek(native_mla.varlen, dtype)

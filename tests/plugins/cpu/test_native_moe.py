@@ -90,6 +90,22 @@ def test_dispatch_experts_combine(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["uneven", "no rows", "more rows than are summed at a time"])
+def test_main_grads_take_the_gradients_of_weights(case: str, dtype: torch.dtype) -> None:
+    for size in check.SIZES[1:3]:
+        check.check_main_grads(native.experts, dtype, case, *size)
+
+
+def test_a_main_grad_of_another_dtype_or_shape_is_refused() -> None:
+    rows, weights = torch.zeros(2, 32).requires_grad_(), check.weights_of(2, 32, 16, torch.float32)
+    for main in (torch.zeros(2, 32, 32).bfloat16(), torch.zeros(2, 32, 16)):
+        leaves = [x.clone().requires_grad_() for x in weights]
+        y = native.experts(rows, *leaves, torch.tensor([1, 1]), main_grad_gate_up_XGC=main)
+        with pytest.raises(RuntimeError, match="main_gate_up must be contiguous float32"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_single_gradients_and_refusals(dtype: torch.dtype) -> None:
     check.check_experts_of_strides(native.experts, dtype)
     check.check_gradient_of_few(native.experts, dtype)

@@ -1,46 +1,12 @@
+"""Tiles of the torch offers of packed attention; their answers: tests/core/ops/test_attention_offers."""
+
 from __future__ import annotations
 
 import op_checks as check
-import pytest
 import torch
 
 from grpo_cpu import tiles
-from grpo_cpu.attention import shared_prefix, varlen
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=[1 << 20, 600, 1], ids=["large tiles", "small tiles", "smallest tiles"])
-def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles cut the same cases into blocks of queries."""
-    monkeypatch.setattr(tiles, "SCORES", request.param)
-    tiles.plan_tiles.cache_clear()
-
-
-@pytest.mark.usefixtures("tile_size")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize("case", check.LENGTHS)
-def test_shared_prefix(case: str, window: int | None, dtype: torch.dtype) -> None:
-    check.check_shared_prefix(shared_prefix, case, dtype, window)
-
-
-@pytest.mark.usefixtures("tile_size")
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize("case", check.LENGTHS)
-def test_varlen(case: str, window: int | None, causal: bool) -> None:
-    check.check_varlen(varlen, case, torch.float64, window, causal)
-    check.check_varlen(varlen, case, torch.bfloat16, window, causal)
-
-
-@pytest.mark.usefixtures("tile_size")
-def test_packed_sequences_never_see_each_other() -> None:
-    check.check_packed_isolation(varlen, shared_prefix)
-
-
-def test_bad_packing_is_refused() -> None:
-    check.check_bad_packing(varlen, shared_prefix)
+from grpo_cpu.attention import varlen
 
 
 def test_no_tokens_at_all() -> None:

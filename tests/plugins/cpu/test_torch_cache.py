@@ -1,3 +1,5 @@
+"""What is particular to the torch offer of `attention.cache`; its life: tests/core/ops/test_cache_offers."""
+
 from __future__ import annotations
 
 import cache_checks as check
@@ -8,48 +10,9 @@ from grpo_cpu import decode as decode_module
 from grpo_cpu.cache import SharedCache
 from grpo_cpu.decode import decode, prefill
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
 
 def model(dtype: torch.dtype) -> check.Model:
     return check.Model(cache=SharedCache(check.spec(dtype)), decode=decode, prefill=prefill, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_generation(dtype: torch.dtype) -> None:
-    check.check_generation(model(dtype))
-
-
-def test_a_slot_used_again() -> None:
-    check.check_a_slot_used_again(model(torch.float64))
-
-
-def test_room() -> None:
-    check.check_room(SharedCache)
-
-
-def test_misuse() -> None:
-    check.check_misuse(SharedCache)
-
-
-def test_release_and_restore() -> None:
-    check.check_release(model(torch.float32))
-
-
-def test_writes_stay_in_their_room() -> None:
-    check.check_writes_stay_in_their_room(SharedCache)
-
-
-def test_layers_of_another_cache_are_refused() -> None:
-    with pytest.raises(TypeError, match="layers of"):
-        decode(
-            torch.ones(1, 2, 4),
-            object(),
-            seqlens_k=torch.tensor([1]),
-            slots=torch.tensor([0]),
-            scale=1.0,
-            window=None,
-        )
 
 
 def test_prefill_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,16 @@
+"""What is particular to the torch offers of `mla.*`; their answers: tests/core/ops/test_mla_offers."""
+
 from __future__ import annotations
 
 import cache_checks
 import latent_checks as check
 import pytest
 import torch
-import transformer_mixers
 
 from grpo_core.ops.attention import CacheSpec
 from grpo_cpu import mla, mla_absorbed
 from grpo_cpu.mla_absorbed import decode
 from grpo_cpu.mla_cache import SharedLatentCache
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def make(spec: CacheSpec) -> SharedLatentCache:
@@ -21,31 +20,6 @@ def make(spec: CacheSpec) -> SharedLatentCache:
 def model(dtype: torch.dtype) -> check.LatentModel:
     cache = make(cache_checks.spec(dtype))
     return check.LatentModel(cache=cache, decode=decode, prefill=mla.prefill, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", check.TREES)
-def test_varlen_with_parents(case: str, dtype: torch.dtype) -> None:
-    check.check_varlen(mla.varlen, dtype, *check.TREES[case])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_varlen_without_parents(dtype: torch.dtype) -> None:
-    check.check_varlen(mla.varlen, dtype, [5, 0, 7], None)
-
-
-def test_packed_isolation() -> None:
-    check.check_isolation(mla.varlen, torch.float32, (2, 8, 4, 6, 12))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_absorbed_decode_of_prompts_and_forks(dtype: torch.dtype) -> None:
-    cache_checks.check_generation(model(dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_long_prefills(dtype: torch.dtype) -> None:
-    check.check_long_prefills(model(dtype))
 
 
 def test_prefills_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,34 +35,6 @@ def test_few_new_tokens_are_absorbed_and_many_are_not(monkeypatch: pytest.Monkey
     check.check_long_prefills(model(torch.float64))
     # 2 L - N - E = 26 more products for each query and key, L (N + E) = 280 fewer for each key.
     assert counts and max(counts) <= 280 // 26
-
-
-def test_a_slot_used_again() -> None:
-    cache_checks.check_a_slot_used_again(model(torch.float64))
-
-
-def test_room() -> None:
-    cache_checks.check_room(make)
-
-
-def test_misuse() -> None:
-    cache_checks.check_misuse(make)
-    check.check_bad_specs(SharedLatentCache)
-
-
-def test_release_and_restore() -> None:
-    cache_checks.check_release(model(torch.float32))
-
-
-def test_writes_stay_in_their_room() -> None:
-    check.check_writes_stay_in_their_room(SharedLatentCache)
-
-
-def test_layers_of_another_cache_are_refused() -> None:
-    one = torch.ones(1, 2, 4)
-    at = torch.tensor([0])
-    with pytest.raises(TypeError, match="layers of SharedLatentCache"):
-        decode(one, one, object(), one, one, seqlens_k=at + 1, slots=at, scale=1.0)
 
 
 def test_a_batch_without_sequences() -> None:
@@ -112,11 +58,6 @@ def test_prefixes_are_stored_once() -> None:
     parent = cache.allocate(100)
     assert parent is not None
     assert all(cache.fork(parent, prefix=100, length=1) is not None for _ in range(16))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_varlen_equals_deepseek_v3_of_transformers(dtype: torch.dtype) -> None:
-    transformer_mixers.check_deepseek(mla.varlen, dtype)
 
 
 def test_a_bfloat16_decode_was_off_by_three_times_its_last_rounding() -> None:

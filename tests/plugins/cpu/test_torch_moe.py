@@ -33,6 +33,8 @@ def test_strides_single_gradients_and_refusals(dtype: torch.dtype) -> None:
     check.check_gradient_of_few(moe.experts, dtype)
     check.check_combine_rounds_once(moe.dispatch, moe.combine)
     check.check_refusals(moe.dispatch, moe.experts)
+    for case in ("uneven", "no rows"):
+        check.check_main_grads(moe.experts, dtype, case, 64, 48)
 
 
 def test_records_of_the_reference_and_of_this_plugin_are_the_same() -> None:

@@ -7,14 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...errors import ConfigError
-
-REDUCE_OPS = frozenset({"sum", "max", "min", "avg"})
-
-
-def check_reduce_op(op: str) -> None:
-    """Raise ValueError for a reduce op that the contract does not name."""
-    if op not in REDUCE_OPS:
-        raise ValueError(f"reduce op must be one of {sorted(REDUCE_OPS)}, not {op!r}")
+from .collective_checks import REDUCE_OPS, check_counts, check_reduction, check_source
 
 
 class OneRank:
@@ -25,7 +18,7 @@ class OneRank:
 
     def all_reduce(self, x: Tensor, *, op: str) -> None:
         """See `Group.all_reduce`."""
-        check_reduce_op(op)
+        check_reduction(x, op)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `Group.all_gather`."""
@@ -33,21 +26,20 @@ class OneRank:
 
     def reduce_scatter(self, x: Tensor, *, op: str) -> Tensor:
         """See `Group.reduce_scatter`."""
-        check_reduce_op(op)
+        check_reduction(x, op)
         return x.clone()
 
     def broadcast(self, x: Tensor, *, src: int) -> None:
         """See `Group.broadcast`."""
-        if src != 0:
-            raise ValueError(f"a group of one rank has no rank {src}")
+        check_source(src, self.size)
 
     def barrier(self) -> None:
         """Nobody to wait for."""
 
     def all_to_all(self, x: Tensor, *, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
         """See `Group.all_to_all`."""
-        if list(send_counts) != [x.shape[0]] or list(recv_counts) != [x.shape[0]]:
-            raise ValueError(f"{x.shape[0]} rows against counts {list(send_counts)} and {list(recv_counts)}")
+        check_counts(x, send_counts, recv_counts, self.size)
+        check_counts(x, recv_counts, send_counts, self.size)
         return x.clone()
 
     def gather_objects(self, obj: object) -> list[object]:

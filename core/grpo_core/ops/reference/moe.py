@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .attention import accumulate
 from .expert_parallel import Exchange, inverse, plan_exchange
-from .fused import swiglu
+from .fused import linear_dense, swiglu
 
 SIGMOID_FLOOR = 1e-20
 """Added to the sum that sigmoid weights are divided by, as DeepSeek-V3's own code does."""
@@ -115,12 +116,24 @@ def dispatch(x_TC: Tensor, ids_Tk: Tensor, *, num_experts: int, group: Any) -> t
     return exchange.there(rows_NC), exchange.counts_X, record
 
 
-def experts(rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor) -> Tensor:
+def experts(
+    rows_RC: Tensor, gate_up_XGC: Tensor, down_XCF: Tensor, counts_X: Tensor, *,
+    main_grad_gate_up_XGC: Tensor | None = None, main_grad_down_XCF: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Reference of `moe.experts`."""
     parts = torch.split(rows_RC, counts_X.tolist())
     # unbind, because indexing expert by expert gives each one a gradient of the size of all.
-    weights = zip(parts, gate_up_XGC.unbind(0), down_XCF.unbind(0), strict=True)
-    return torch.cat([swiglu(part @ gate_up.t()) @ down.t() for part, gate_up, down in weights])
+    weights = zip(gate_up_XGC.unbind(0), down_XCF.unbind(0), strict=True)
+    mains = zip(_each(main_grad_gate_up_XGC, parts), _each(main_grad_down_XCF, parts), strict=True)
+    rows = []
+    for part, (gate_up, down), (main_gate_up, main_down) in zip(parts, weights, mains, strict=True):
+        hidden = swiglu(linear_dense(part, gate_up, None, main_grad_NK=main_gate_up))
+        rows.append(linear_dense(hidden, down, None, main_grad_NK=main_down))
+    return torch.cat(rows)
+
+
+def _each(main_grad: Tensor | None, parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return [None] * len(parts) if main_grad is None else main_grad.unbind(0)
 
 
 def combine(rows_RC: Tensor, weights_Tk: Tensor, record: Sorted) -> Tensor:

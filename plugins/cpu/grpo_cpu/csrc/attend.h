@@ -68,10 +68,11 @@ static inline float soften(float* s, const KeyBlock<T>* blocks, int64_t n, int64
     const uint32_t seen = lanes(blocks[b].start, blocks[b].count, lo, hi);
     float* at = s + b * BLOCK;
     const __m512 x0 = _mm512_mask_mul_ps(low, (__mmask16)seen, _mm512_load_ps(at), factor);
-    const __m512 x1 = _mm512_mask_mul_ps(low, (__mmask16)(seen >> 16), _mm512_load_ps(at + 16), factor);
     _mm512_store_ps(at, x0);
-    _mm512_store_ps(at + 16, x1);
     top0 = _mm512_max_ps(top0, x0);
+    if (width_of(blocks[b].count) <= 16) continue;
+    const __m512 x1 = _mm512_mask_mul_ps(low, (__mmask16)(seen >> 16), _mm512_load_ps(at + 16), factor);
+    _mm512_store_ps(at + 16, x1);
     top1 = _mm512_max_ps(top1, x1);
   }
   *top = _mm512_reduce_max_ps(_mm512_max_ps(top0, top1));
@@ -80,7 +81,9 @@ static inline float soften(float* s, const KeyBlock<T>* blocks, int64_t n, int64
   T* weights = (T*)s;
   for (int64_t b = 0; b < n; ++b) {
     const __m512 x0 = exp512(_mm512_sub_ps(_mm512_load_ps(s + b * BLOCK), shift));
-    const __m512 x1 = exp512(_mm512_sub_ps(_mm512_load_ps(s + b * BLOCK + 16), shift));
+    __m512 x1 = _mm512_setzero_ps();
+    if (width_of(blocks[b].count) > 16)
+      x1 = exp512(_mm512_sub_ps(_mm512_load_ps(s + b * BLOCK + 16), shift));
     sum0 = _mm512_add_ps(sum0, x0);
     sum1 = _mm512_add_ps(sum1, x1);
     store_weights(weights + b * BLOCK, x0, x1);
@@ -144,28 +147,56 @@ static inline int64_t tile_rows(int64_t blocks) {
   return std::clamp<int64_t>((int64_t(48) << 10) / (std::max<int64_t>(blocks, 1) * BLOCK), 6, 48) / 6 * 6;
 }
 
-// All rows of `rows` (at most 64) over blocks 0..n-1, which lie in the order of their positions.
+// Attention of `rows` (at most 48) over blocks 0..n-1, which lie in the order of their positions, in three steps.
+// Each step of one is latency more than work: those that have several take each step for all of them.
+template <class T>
+struct Attention {
+  Rows<T> rows;
+  const KeyBlock<T>* blocks;
+  int64_t n;
+  float* s;  // room for rows.count * width() scores, at 64 bytes
+  float inverse[48];
+
+  int64_t width() const { return std::max<int64_t>(n, 1) * BLOCK; }
+
+  // Leaves out the blocks that no row sees.
+  void trim() {
+    const int64_t last_hi = rows.hi + rows.hi_step * (rows.count - 1);
+    while (n > 0 && blocks[n - 1].start >= last_hi) --n;
+    while (n > 0 && blocks[0].start + blocks[0].count <= rows.lo) ++blocks, --n;
+  }
+
+  void score(const HeadSizes& head) {
+    constexpr int64_t U = UNIT<T>;
+    for (int64_t b = 0; b < n; ++b)
+      gemm<false>(rows.count, width_of(blocks[b].count), head.d / U, rows.q, rows.q_row, U, blocks[b].k,
+                  U * BLOCK, s + b * BLOCK, width());
+  }
+
+  void weigh_scores(const HeadSizes& head) {
+    for (int64_t m = 0; m < rows.count; ++m) {
+      float top;
+      const int64_t lo = rows.lo + m * rows.lo_step, hi = rows.hi + m * rows.hi_step;
+      const float sum = soften(s + m * width(), blocks, n, lo, hi, head.scale, &top);
+      inverse[m] = sum > 0 || sum != sum ? 1.f / sum : 0.f;
+      if (rows.lse) rows.lse[m * rows.lse_row] = sum > 0 || sum != sum ? top + std::log(sum) : -NEG_INF;
+    }
+  }
+
+  void add_values(const HeadSizes& head) {
+    weigh_rows<6>(rows.count, (const T*)s, UNIT<T> * width(), blocks, n, head.e, inverse, rows.o, rows.o_row);
+  }
+};
+
 template <class T>
 static inline void attend(const Rows<T>& rows, const KeyBlock<T>* blocks, int64_t n, const HeadSizes& head,
                           Scratch<float>& scratch) {
-  constexpr int64_t U = UNIT<T>;
-  const int64_t last_hi = rows.hi + rows.hi_step * (rows.count - 1);
-  while (n > 0 && blocks[n - 1].start >= last_hi) --n;
-  while (n > 0 && blocks[0].start + blocks[0].count <= rows.lo) ++blocks, --n;
-  const int64_t width = std::max<int64_t>(n, 1) * BLOCK;
-  float* s = scratch.get(rows.count * width);
-  for (int64_t b = 0; b < n; ++b)
-    gemm<false>(rows.count, width_of(blocks[b].count), head.d / U, rows.q, rows.q_row, U, blocks[b].k,
-                U * BLOCK, s + b * BLOCK, width);
-  float inverse[64];
-  for (int64_t m = 0; m < rows.count; ++m) {
-    float top;
-    const int64_t lo = rows.lo + m * rows.lo_step, hi = rows.hi + m * rows.hi_step;
-    const float sum = soften(s + m * width, blocks, n, lo, hi, head.scale, &top);
-    inverse[m] = sum > 0 || sum != sum ? 1.f / sum : 0.f;
-    if (rows.lse) rows.lse[m * rows.lse_row] = sum > 0 || sum != sum ? top + std::log(sum) : -NEG_INF;
-  }
-  weigh_rows<6>(rows.count, (const T*)s, U * width, blocks, n, head.e, inverse, rows.o, rows.o_row);
+  Attention<T> a{rows, blocks, n, nullptr, {}};
+  a.trim();
+  a.s = scratch.get(rows.count * a.width());
+  a.score(head);
+  a.weigh_scores(head);
+  a.add_values(head);
 }
 
 }  // namespace grpo

@@ -63,28 +63,42 @@ std::tuple<Tensor, Tensor> experts(const Tensor& rows, const Tensor& gate_up, co
   const int64_t count = rows.size(0);
   Tensor y = room({count, h.c}, rows);
   Tensor kept = room({keep ? count : 0, 2 * h.f}, rows);
+  const Tensor hidden = room({count, h.f}, rows);
   typed(rows, [&](auto zero) {
     using T = decltype(zero);
-    experts_forward(h.view<T>(), keep ? data<T>(kept) : nullptr, data<T>(y));
+    experts_forward(h.view<T>(), keep ? data<T>(kept) : nullptr, data<T>(hidden), data<T>(y));
   });
   return {y, kept};
 }
 
+float* main_grad(const MaybeTensor& x, const Tensor& weight, const char* name) {
+  if (!x) return nullptr;
+  TORCH_CHECK(x->scalar_type() == at::kFloat && x->is_contiguous() && x->sizes() == weight.sizes(), name,
+              " must be contiguous float32 of shape ", weight.sizes(), ", not ", x->scalar_type(), " ",
+              x->sizes());
+  return x->data_ptr<float>();
+}
+
+// A gradient that is added to main_gate_up or main_down is not returned.
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> experts_grad(
     const Tensor& rows, const Tensor& gate_up, const Tensor& down, const Tensor& counts, const Tensor& kept_,
-    const Tensor& dy_, bool want_rows, bool want_gate_up, bool want_down) {
+    const Tensor& dy_, bool want_rows, bool want_gate_up, bool want_down, const MaybeTensor& main_gate_up,
+    const MaybeTensor& main_down) {
   const Held h = hold(rows, gate_up, down, counts);
   const int64_t count = rows.size(0);
   const Tensor kept = like_rows(kept_, rows, {count, 2 * h.f}, "kept");
   const Tensor dy = like_rows(dy_, rows, {count, h.c}, "dy");
   MaybeTensor drows, dgate_up, ddown;
   if (want_rows) drows = room(h.rows.sizes(), h.rows);
-  if (want_gate_up) dgate_up = at::empty_like(h.gate_up);
-  if (want_down) ddown = at::empty_like(h.down);
+  if (want_gate_up && !main_gate_up) dgate_up = room(h.gate_up.sizes(), h.gate_up);
+  if (want_down && !main_down) ddown = room(h.down.sizes(), h.down);
+  float* wide_gate_up = want_gate_up ? main_grad(main_gate_up, h.gate_up, "main_gate_up") : nullptr;
+  float* wide_down = want_down ? main_grad(main_down, h.down, "main_down") : nullptr;
   const Tensor d_hidden = room(kept.sizes(), kept), hidden = room({count, h.f}, rows);
   typed(rows, [&](auto zero) {
     using T = decltype(zero);
-    const ExpertsGrad<T> g{data<T>(kept), data<T>(dy), data<T>(drows), data<T>(dgate_up), data<T>(ddown)};
+    const ExpertsGrad<T> g{data<T>(kept),     data<T>(dy),    data<T>(drows), data<T>(dgate_up),
+                           data<T>(ddown), wide_gate_up, wide_down};
     experts_backward(h.view<T>(), g, data<T>(d_hidden), data<T>(hidden));
   });
   return {drows, dgate_up, ddown};
@@ -171,7 +185,8 @@ TORCH_LIBRARY_FRAGMENT(grpo_cpu, m) {
   m.def("moe_experts(Tensor rows, Tensor gate_up, Tensor down, Tensor counts, bool keep) -> (Tensor, Tensor)",
         grpo::experts);
   m.def("moe_experts_backward(Tensor rows, Tensor gate_up, Tensor down, Tensor counts, Tensor kept,"
-        " Tensor dy, bool want_rows, bool want_gate_up, bool want_down) -> (Tensor?, Tensor?, Tensor?)",
+        " Tensor dy, bool want_rows, bool want_gate_up, bool want_down, Tensor(a!)? main_gate_up=None,"
+        " Tensor(b!)? main_down=None) -> (Tensor?, Tensor?, Tensor?)",
         grpo::experts_grad);
   m.def("moe_route(Tensor logits, int top_k, bool sigmoid, Tensor? bias, int num_groups, int topk_groups,"
         " bool norm, float scale, Tensor? ids) -> (Tensor, Tensor)", grpo::routed);

@@ -20,8 +20,29 @@ void add_weight_grad(const Tensor& g_, const Tensor& x_, Tensor total) {
                   total.size(0) == g.size(1) && total.size(1) == x.size(1),
               "total has shape ", total.sizes(), ", wanted contiguous float32 [", g.size(1), ", ", x.size(1),
               "]");
-  weight_grad({bits(g), bits(x), g.stride(0), x.stride(0), total.data_ptr<float>(), x.size(0), g.size(1),
-               x.size(1)});
+  weight_grad<float>({bits(g), bits(x), g.stride(0), x.stride(0), total.data_ptr<float>(), x.size(0), g.size(1),
+                      x.size(1)});
+}
+
+// g [T, N]^T x [T, K], summed in float32 and rounded once
+Tensor new_weight_grad(const Tensor& g_, const Tensor& x_) {
+  const Tensor g = rows_of(g_, "g"), x = rows_of(x_, "x");
+  TORCH_CHECK(g.size(0) == x.size(0), "g has ", g.size(0), " rows, x ", x.size(0));
+  Tensor c = room({g.size(1), x.size(1)}, g);
+  weight_grad<bf16>({bits(g), bits(x), g.stride(0), x.stride(0), bits(c), x.size(0), g.size(1), x.size(1)});
+  return c;
+}
+
+// The sum of the rows of g [T, N], in float32 and rounded once
+Tensor bias_grad(const Tensor& g_) {
+  check_float(g_, "g");
+  TORCH_CHECK(g_.dim() == 2, "g has ", g_.dim(), " dimensions, wanted 2");
+  const Tensor g = g_.stride(1) == 1 || g_.size(1) == 1 ? g_ : g_.contiguous();
+  Tensor sum = at::empty({g.size(1)}, g.options().dtype(at::kFloat));
+  by_dtype(g, [&](auto kind) {
+    row_sum(data<decltype(kind)>(g), g.stride(0), g.size(0), g.size(1), sum.data_ptr<float>());
+  });
+  return sum.to(g.scalar_type());
 }
 
 MaybeTensor bias_of(const MaybeTensor& bias, int64_t n) {
@@ -103,6 +124,8 @@ Tensor linear_packed(const Tensor& x_, const Tensor& packed, const MaybeTensor& 
 
 TORCH_LIBRARY_FRAGMENT(grpo_cpu, m) {
   m.def("add_weight_grad(Tensor g, Tensor x, Tensor(a!) total) -> ()", grpo::add_weight_grad);
+  m.def("weight_grad(Tensor g, Tensor x) -> Tensor", grpo::new_weight_grad);
+  m.def("bias_grad(Tensor g) -> Tensor", grpo::bias_grad);
   m.def("empty_rows(Tensor like, int rows, int columns) -> Tensor", grpo::empty_rows);
   m.def("release_room(int at_least=0) -> int", grpo::release_room);
   m.def("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor", grpo::linear);

@@ -1,8 +1,6 @@
 // The paged cache: writing keys and values, and attention of new tokens over it (prefill and decode).
 #include "cache.h"
 
-#include <numeric>
-
 #include "spread.h"
 
 namespace grpo {
@@ -46,16 +44,11 @@ struct Task {
   int64_t sequence, from, count;  // query tokens of the sequence
 };
 
-// Sequences of one parent next to each other, so that its keys are in cache for all of them; long sequences
-// in tiles.
+// Long sequences in tiles.
 template <class T>
 std::vector<Task> tasks_of(const CacheView<T>& c, const CacheQuery<T>& a) {
-  std::vector<int64_t> order(a.sequences);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t x, int64_t y) { return owner(c, a.slots[x]) < owner(c, a.slots[y]); });
   std::vector<Task> tasks;
-  for (const int64_t s : order) {
+  for (const int64_t s : by_owner(c, a.slots, a.sequences)) {
     const int64_t tokens = a.starts ? a.starts[s + 1] - a.starts[s] : 1;
     const int64_t step = tile_rows((a.lengths[s] + BLOCK - 1) / BLOCK);
     for (int64_t from = 0; from < tokens; from += step)
@@ -71,6 +64,7 @@ void run(const CacheView<T>& c, const CacheQuery<T>& a, const Task& task, int64_
   const int64_t length = a.lengths[task.sequence];
   const int64_t start = a.starts ? a.starts[task.sequence] : task.sequence;
   const int64_t tokens = a.starts ? a.starts[task.sequence + 1] - start : 1;
+  blocks.clear();
   gather_blocks(c, slot, kv_head, length, blocks);
   const HeadSizes head{c.d, c.e, a.scale};
   const int64_t hi = length - tokens + task.from + 1, first_token = start + task.from;
@@ -104,10 +98,10 @@ template <class T>
 void cache_attend(const CacheView<T>& c, const CacheQuery<T>& a) {
   const std::vector<Task> tasks = tasks_of(c, a);
   const int64_t count = (int64_t)tasks.size();
-  spread(count * c.kv_heads, [&](int64_t i) {
+  spread_grid(count, c.kv_heads, [&](int64_t i, int64_t kv_head) {
     thread_local Scratch<float> scratch;
     thread_local std::vector<KeyBlock<T>> blocks;
-    run(c, a, tasks[i % count], i / count, blocks, scratch);
+    run(c, a, tasks[i], kv_head, blocks, scratch);
   });
 }
 

@@ -1,5 +1,6 @@
 // Where the tokens of a slot lie in the paged cache.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "attend.h"
@@ -20,6 +21,17 @@ static inline SlotView slot_view(const CacheView<T>& c, int64_t slot) {
 
 template <class T>
 static inline int64_t owner(const CacheView<T>& c, int64_t slot) { return slot_view(c, slot).owner; }
+
+// The sequences with children of one parent next to each other: its keys and values stay in cache.
+template <class T>
+static inline std::vector<int64_t> by_owner(const CacheView<T>& c, const int64_t* slots, int64_t sequences) {
+  std::vector<int64_t> order(sequences);
+  for (int64_t i = 0; i < sequences; ++i) order[i] = owner(c, slots[i]) << 32 | i;
+  // Mostly they are, in the order of starting.
+  if (!std::is_sorted(order.begin(), order.end())) std::sort(order.begin(), order.end());
+  for (int64_t& i : order) i &= 0xFFFFFFFF;
+  return order;
+}
 
 struct Place {
   int64_t block, offset;  // block of the storage, token within it
@@ -73,12 +85,11 @@ static inline void put_value(const CacheView<float>& c, const Place& at, int64_t
   std::memcpy(value_block(c, at.block, head) + at.offset * c.e, v, c.e * sizeof(float));
 }
 
-// The blocks that hold positions 0..length-1 of a slot.
+// Adds the blocks that hold positions 0..length-1 of a slot.
 template <class T>
 static inline void gather_blocks(const CacheView<T>& c, int64_t slot, int64_t head, int64_t length,
                                  std::vector<KeyBlock<T>>& out) {
   const SlotView s = slot_view(c, slot);
-  out.clear();
   for (int64_t b = 0; b < s.used && s.starts[b] < length; ++b)
     out.push_back({key_block(c, s.blocks[b], head), value_block(c, s.blocks[b], head), s.starts[b],
                    std::min<int64_t>(s.starts[b + 1], length) - s.starts[b]});

@@ -1,4 +1,4 @@
-// moe.experts forward: blocks of an expert's rows are the lanes of B, rows of its weights A as they lie.
+// moe.experts forward for experts with few rows: these are the lanes of B, rows of the weights A as they lie.
 #include <vector>
 
 #include "grouped.h"
@@ -14,16 +14,20 @@ struct Block {
   int64_t expert, start, rows, padded, lanes_before;
 };
 
-std::vector<Block> blocks_of(const int64_t* counts, int64_t experts, int64_t& lanes) {
+// Experts with few rows, a block each; `many` receives the others.
+std::vector<Block> blocks_of(const int64_t* counts, int64_t experts, int64_t& lanes,
+                             std::vector<Share>& many) {
   std::vector<Block> blocks;
-  int64_t start = 0;
   lanes = 0;
-  for (int64_t x = 0; x < experts; ++x)
-    for (int64_t left = counts[x]; left > 0;) {
-      const int64_t rows = std::min(left, LANES), padded = (rows + 15) / 16 * 16;
+  for (int64_t x = 0, start = 0; x < experts; start += counts[x++]) {
+    const int64_t rows = counts[x], padded = (rows + 15) / 16 * 16;
+    if (rows > LANES) {
+      many.push_back({x, start, rows});
+    } else if (rows) {
       blocks.push_back({x, start, rows, padded, lanes});
-      start += rows, left -= rows, lanes += padded;
+      lanes += padded;
     }
+  }
   return blocks;
 }
 
@@ -96,16 +100,18 @@ void down_chunk(const Experts<T>& a, const Block& b, const unit* h, int64_t c0, 
 }  // namespace
 
 template <class T>
-void experts_forward(const Experts<T>& a, T* gate_up_out, T* y) {
+void experts_forward(const Experts<T>& a, T* gate_up_out, T* hidden, T* y) {
   int64_t lanes;
-  const std::vector<Block> blocks = blocks_of(a.counts, a.experts, lanes);
+  std::vector<Share> many;
+  const std::vector<Block> blocks = blocks_of(a.counts, a.experts, lanes, many);
+  experts_many(a, many, gate_up_out, hidden, y);
   const int64_t count = (int64_t)blocks.size(), kp = a.c / PER_UNIT<T>, hp = a.f / PER_UNIT<T>;
   Scratch<unit> x_scratch, h_scratch;
   unit *x = x_scratch.get(lanes * kp + 16), *h = h_scratch.get(lanes * hp + 16);
   spread(count, [&](int64_t i) {
     const Block& b = blocks[i];
     if (b.rows > FEW)
-      pack_columns(units(a.rows + b.start * a.c), kp, b.rows, kp, x + b.lanes_before * kp, b.padded);
+      pack_columns(units(a.rows + b.start * a.c), kp, b.rows, kp, x + b.lanes_before * kp, b.padded, b.padded);
   });
   const int64_t f_chunks = (a.f + CHUNK - 1) / CHUNK, c_chunks = (a.c + CHUNK - 1) / CHUNK;
   spread(count * f_chunks, [&](int64_t task) {
@@ -121,7 +127,7 @@ void experts_forward(const Experts<T>& a, T* gate_up_out, T* y) {
   });
 }
 
-template void experts_forward(const Experts<bf16>&, bf16*, bf16*);
-template void experts_forward(const Experts<float>&, float*, float*);
+template void experts_forward(const Experts<bf16>&, bf16*, bf16*, bf16*);
+template void experts_forward(const Experts<float>&, float*, float*, float*);
 
 }  // namespace grpo

@@ -139,11 +139,12 @@ static inline void transpose16(__m512i (&r)[16]) {
   }
 }
 
-// Up to 32 rows of x (d columns, d % 32 == 0) to one block [d / UNIT][32][UNIT]: row l becomes column l.
+// Up to 32 rows of x (d columns, d % 32 == 0) to one block [d / UNIT][32][UNIT]: row l becomes column l. Columns
+// that do not exist are zero up to a multiple of 16, and untouched after it.
 template <class T>
 static inline void pack_block(const T* x, ptrdiff_t stride, int64_t count, int64_t d, T* out) {
   constexpr int64_t U = UNIT<T>;
-  for (int64_t half = 0; half < 2; ++half)
+  for (int64_t half = 0; 16 * half < count; ++half)
     for (int64_t j = 0; j < d / U; j += 16) {
       __m512i r[16];
 #pragma GCC unroll 16

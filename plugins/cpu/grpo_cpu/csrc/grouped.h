@@ -32,15 +32,16 @@ static inline __m512 rounded(__m512 x) {
   return x;
 }
 
-// A B, of MR rows and NV vectors of columns; `n` columns are stored. `add` is for float32 results.
-template <class T, class O, int MR, int NV>
-static inline void group_tile(int64_t kp, const unit* a, ptrdiff_t a_row, ptrdiff_t a_step, const unit* b,
-                              ptrdiff_t b_step, O* c, ptrdiff_t c_row, int64_t n, bool add) {
+// A B in registers, of MR rows and NV vectors of columns; then finish(row, sums) for every row.
+template <class T, int MR, int NV, class Finish>
+static inline __attribute__((always_inline)) void group_tile(int64_t kp, const unit* a, ptrdiff_t a_row,
+                                                             ptrdiff_t a_step, const unit* b, ptrdiff_t b_step,
+                                                             int64_t row, const Finish& finish) {
   __m512 acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = add ? load(c + i * c_row + 16 * j) : _mm512_setzero_ps();
+    for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_setzero_ps();
   for (int64_t k = 0; k < kp; ++k, a += a_step, b += b_step) {
     // Weights come from memory as A, and the next rows of them are fetched on the way.
     if (a_step == 1 && k % 16 == 0)
@@ -56,41 +57,48 @@ static inline void group_tile(int64_t kp, const unit* a, ptrdiff_t a_row, ptrdif
       for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<T>(x, column[j], acc[i][j]);
     }
   }
-  const bool whole = n == 16 * NV;
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV - 1; ++j) store(c + i * c_row + 16 * j, acc[i][j]);
-    O* last = c + i * c_row + 16 * (NV - 1);
-    if (whole)
-      store(last, acc[i][NV - 1]);
-    else
-      store(last, acc[i][NV - 1], first(n - 16 * (NV - 1)));
-  }
+  for (int i = 0; i < MR; ++i) finish(row + i, acc[i]);
 }
 
-template <class T, class O, int MR, int NV>
+template <class T, int MR, int NV, class Finish>
 static void group_rows(int64_t m, int64_t kp, const unit* a, ptrdiff_t a_row, ptrdiff_t a_step, const unit* b,
-                       ptrdiff_t b_step, O* c, ptrdiff_t c_row, int64_t n, bool add) {
-  for (; m >= MR; m -= MR, a += MR * a_row, c += MR * c_row)
-    group_tile<T, O, MR, NV>(kp, a, a_row, a_step, b, b_step, c, c_row, n, add);
+                       ptrdiff_t b_step, int64_t row, const Finish& finish) {
+  for (; m >= MR; m -= MR, a += MR * a_row, row += MR)
+    group_tile<T, MR, NV>(kp, a, a_row, a_step, b, b_step, row, finish);
   if constexpr (MR > 1)
-    if (m > 0) group_rows<T, O, (MR + 1) / 2, NV>(m, kp, a, a_row, a_step, b, b_step, c, c_row, n, add);
+    if (m > 0) group_rows<T, (MR + 1) / 2, NV>(m, kp, a, a_row, a_step, b, b_step, row, finish);
 }
 
-// C [m, n] (+)= A B with n <= LANES; B has whole vectors of 16 lanes. Strides of A and B count units.
-// With `add` C is float32 and has whole vectors, too.
+// finish(i, sums) for rows i of A B, which has m rows and n <= LANES columns; `sums` is an array of vectors of
+// 16 columns. B has whole vectors. Strides of A and B count units.
+template <class T, class Finish>
+static void group_finish(int64_t m, int64_t n, int64_t kp, const unit* a, ptrdiff_t a_row, ptrdiff_t a_step,
+                         const unit* b, ptrdiff_t b_step, const Finish& finish) {
+  if (n > 48)
+    group_rows<T, 6, 4>(m, kp, a, a_row, a_step, b, b_step, 0, finish);
+  else if (n > 32)
+    group_rows<T, 8, 3>(m, kp, a, a_row, a_step, b, b_step, 0, finish);
+  else if (n > 16)
+    group_rows<T, 12, 2>(m, kp, a, a_row, a_step, b, b_step, 0, finish);
+  else
+    group_rows<T, 16, 1>(m, kp, a, a_row, a_step, b, b_step, 0, finish);
+}
+
+// C [m, n] = A B.
 template <class T, class O>
 static void group_gemm(int64_t m, int64_t n, int64_t kp, const unit* a, ptrdiff_t a_row, ptrdiff_t a_step,
-                       const unit* b, ptrdiff_t b_step, O* c, ptrdiff_t c_row, bool add = false) {
-  if (n > 48)
-    group_rows<T, O, 6, 4>(m, kp, a, a_row, a_step, b, b_step, c, c_row, n, add);
-  else if (n > 32)
-    group_rows<T, O, 8, 3>(m, kp, a, a_row, a_step, b, b_step, c, c_row, n, add);
-  else if (n > 16)
-    group_rows<T, O, 12, 2>(m, kp, a, a_row, a_step, b, b_step, c, c_row, n, add);
-  else
-    group_rows<T, O, 16, 1>(m, kp, a, a_row, a_step, b, b_step, c, c_row, n, add);
+                       const unit* b, ptrdiff_t b_step, O* c, ptrdiff_t c_row) {
+  group_finish<T>(m, n, kp, a, a_row, a_step, b, b_step, [&](int64_t i, const auto& sums) {
+    constexpr int NV = sizeof(sums) / sizeof(sums[0]);
+    O* to = c + i * c_row;
+#pragma GCC unroll 4
+    for (int j = 0; j < NV - 1; ++j) store(to + 16 * j, sums[j]);
+    if (n == 16 * NV)
+      store(to + 16 * (NV - 1), sums[NV - 1]);
+    else
+      store(to + 16 * (NV - 1), sums[NV - 1], first(n - 16 * (NV - 1)));
+  });
 }
 
 constexpr int64_t AHEAD = 16;  // rows between those being packed and those being fetched
@@ -119,9 +127,10 @@ static void pack_rows(const T* x, ptrdiff_t stride, int64_t count, int64_t n, un
   }
 }
 
-// Rows of x [count, kp units] to columns: [kp][padded] units; lanes count..padded - 1 are zeros.
+// Rows of x [count, kp units] to columns: [kp][padded] units; lanes count..padded - 1 are zeros. Rows of the
+// result are `out_row` units apart.
 static inline void pack_columns(const unit* x, ptrdiff_t stride, int64_t count, int64_t kp, unit* out,
-                                int64_t padded) {
+                                int64_t padded, ptrdiff_t out_row) {
   for (int64_t lane = 0; lane < padded; lane += 16)
     for (int64_t k = 0; k < kp; k += 16) {
       __m512i r[16];
@@ -131,7 +140,7 @@ static inline void pack_columns(const unit* x, ptrdiff_t stride, int64_t count, 
                                 : _mm512_setzero_si512();
       transpose16(r);
       const int64_t rows = std::min<int64_t>(16, kp - k);
-      for (int64_t i = 0; i < rows; ++i) _mm512_storeu_si512(out + (k + i) * padded + lane, r[i]);
+      for (int64_t i = 0; i < rows; ++i) _mm512_storeu_si512(out + (k + i) * out_row + lane, r[i]);
     }
 }
 

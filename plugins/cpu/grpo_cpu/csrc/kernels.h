@@ -174,13 +174,18 @@ void segments_backward(const Segments<T>& a, const T* o, const float* lse, Strid
 
 // --- weight_grad.cpp ------------------------------------------------------------------------------------
 
+template <class C>
 struct WeightGrad {
   const bf16 *g, *x;  // [tokens, n], [tokens, k]
   ptrdiff_t g_row, x_row;
-  float* c;  // [n, k], contiguous
+  C* c;  // [n, k], contiguous; float is added to, bf16 written
   int64_t tokens, n, k;
 };
-void weight_grad(const WeightGrad& a);
+template <class C>
+void weight_grad(const WeightGrad<C>& a);
+// out [columns] = the sum of the rows of x, in float32
+template <class T>
+void row_sum(const T* x, ptrdiff_t stride, int64_t rows, int64_t columns, float* out);
 
 // --- product.cpp ----------------------------------------------------------------------------------------
 

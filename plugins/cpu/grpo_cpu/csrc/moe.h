@@ -1,5 +1,7 @@
 // A mixture of experts over rows that are sorted by expert. T is bf16 or float.
 #pragma once
+#include <vector>
+
 #include "simd.h"
 
 namespace grpo {
@@ -11,14 +13,22 @@ struct Experts {
   const int64_t* counts;       // [experts]
   int64_t experts, c, f;       // c and f are even for bf16
 };
-// y [rows, c]; gate_up_out [rows, 2 f] may be null.
+// y [rows, c]; gate_up_out [rows, 2 f] may be null. Overwrites hidden [rows, f].
 template <class T>
-void experts_forward(const Experts<T>& a, T* gate_up_out, T* y);
+void experts_forward(const Experts<T>& a, T* gate_up_out, T* hidden, T* y);
+// An expert's rows.
+struct Share {
+  int64_t expert, start, rows;
+};
+// The same for some experts, see experts_many.cpp.
+template <class T>
+void experts_many(const Experts<T>& a, const std::vector<Share>& shares, T* gate_up_out, T* hidden, T* y);
 
 template <class T>
 struct ExpertsGrad {
   const T *gate_up_out, *dy;
   T *drows, *dgate_up, *ddown;  // of rows, gate_up and down; each may be null
+  float *main_gate_up, *main_down;  // added to, instead of dgate_up and ddown; may be null
 };
 // Overwrites d_hidden [rows, 2 f] and hidden [rows, f], the gradient before and the value after SwiGLU.
 template <class T>

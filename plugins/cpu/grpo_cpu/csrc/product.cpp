@@ -10,6 +10,7 @@ namespace grpo {
 namespace {
 
 constexpr int64_t WIDE = 48;
+constexpr int64_t SMALL = 128 << 10;  // elements of a matrix that fits into a core's cache beside its rows
 
 // Rows 2 p and 2 p + 1 of B side by side, for every p: columns [0, n) of `padded`.
 void pack_rows(const bf16* b, ptrdiff_t stride, int64_t k, int64_t n, int64_t padded, bf16* out) {
@@ -122,11 +123,33 @@ void pack(const Product& p, bf16* out) {
   spread((p.n + WIDE - 1) / WIDE, [&](int64_t i) { pack_panel(p, i * WIDE, out + i * WIDE * p.k); });
 }
 
+// Rows [from, to) times one panel.
+static void run_panel(const Product& p, int64_t from, int64_t to, int64_t column, const bf16* panel,
+                      Ahead ahead) {
+  const int64_t width = padded(p.n - column);
+  const auto run = width > 32 ? finish_rows<8, 3> : width > 16 ? finish_rows<8, 2> : finish_rows<8, 1>;
+  run(p, from, to, column, panel, ahead);
+}
+
+// A packed matrix that the cache of one core holds: each thread takes its rows through all of it, and finds
+// them where it left them when it made them.
+static void product_by_rows(const Product& p) {
+  const int64_t panels = (p.n + WIDE - 1) / WIDE, parts = at::get_num_threads();
+  const int64_t size = ((p.m + parts - 1) / parts + 7) / 8 * 8;
+  spread_grid(parts, panels, [&](int64_t part, int64_t i) {
+    const int64_t from = std::min(p.m, part * size), to = std::min(p.m, from + size);
+    run_panel(p, from, to, i * WIDE, p.packed + i * WIDE * p.k, ahead_of(p, (i + 1) * WIDE, (to - from + 7) / 8));
+  });
+}
+
 void product(const Product& p) {
   if (p.m == 0 || p.n == 0) return;
   const int64_t panels = (p.n + WIDE - 1) / WIDE, threads = at::get_num_threads();
-  // Few columns: the rows are shared out too, at the cost of packing a panel more than once.
-  const int64_t parts = std::clamp<int64_t>(2 * threads / panels, 1, (p.m + 63) / 64);
+  if (p.packed && p.n * p.k <= SMALL && p.m >= 32 * threads) return product_by_rows(p);
+  // Few columns: the rows are shared out too, at the cost of packing a panel more than once. Panels that only
+  // just go round would leave threads idle while the last ones are worked on.
+  const int64_t fewest = p.packed ? 64 : 256;
+  const int64_t parts = std::clamp<int64_t>(8 * threads / panels, 1, (p.m + fewest - 1) / fewest);
   spread(panels * parts, [&](int64_t task) {
     static thread_local Scratch<bf16> scratch;
     const int64_t column = task / parts * WIDE, part = task % parts, width = padded(p.n - column);
@@ -137,10 +160,8 @@ void product(const Product& p) {
       panel = mine;
     }
     const int64_t size = ((p.m + parts - 1) / parts + 7) / 8 * 8;
-    const auto run = width > 32 ? finish_rows<8, 3> : width > 16 ? finish_rows<8, 2> : finish_rows<8, 1>;
     const int64_t from = std::min(p.m, part * size), to = std::min(p.m, (part + 1) * size);
-    Ahead ahead = ahead_of(p, (task + threads) / parts * WIDE, (to - from + 7) / 8);
-    run(p, from, to, column, panel, ahead);
+    run_panel(p, from, to, column, panel, ahead_of(p, (task + threads) / parts * WIDE, (to - from + 7) / 8));
   });
 }
 

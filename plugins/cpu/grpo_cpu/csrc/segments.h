@@ -39,7 +39,7 @@ static inline std::vector<Family> families_of(const Segments<T>& a) {
 
 static inline int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 
-// Rows of `x` from token `from` on as blocks [d / UNIT][32][UNIT], zero padded.
+// Rows of `x` from token `from` on as blocks [d / UNIT][32][UNIT], as pack_block leaves them.
 template <class T>
 static inline void pack_columns(const Strided<T>& x, int64_t head, int64_t from, int64_t length, int64_t d,
                                 T* out) {

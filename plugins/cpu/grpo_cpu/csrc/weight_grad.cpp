@@ -1,4 +1,5 @@
-// linear.dense: the gradient of a weight, added to a float32 matrix. C [N, K] += G [T, N]^T X [T, K].
+// linear.dense: the gradients of a weight, C [N, K] = G [T, N]^T X [T, K] as bf16 or added to float32, and of a
+// bias, the sum of G's rows.
 #include <algorithm>
 
 #include "gemm.h"
@@ -30,9 +31,13 @@ void pack(const bf16* x, ptrdiff_t stride, int64_t count, int64_t n, int64_t pad
   }
 }
 
+// What a tile leaves in C: its own values, or the sum with what is there.
+inline void leave(bf16* at, __m512 value, __mmask16 m) { store(at, value, m); }
+inline void leave(float* at, __m512 value, __mmask16 m) { store(at, _mm512_add_ps(value, load(at, m)), m); }
+
 // A tile of C, of which `rows` rows and `columns` columns exist.
-template <int NV>
-void add_tile(const bf16* g, const bf16* x, int64_t pairs, float* c, ptrdiff_t stride, int64_t rows,
+template <int NV, class C>
+void run_tile(const bf16* g, const bf16* x, int64_t pairs, C* c, ptrdiff_t stride, int64_t rows,
               int64_t columns) {
   for (int64_t i = 0; i < rows; ++i)
     for (int j = 0; j < NV; ++j) _mm_prefetch((const char*)(c + i * stride + 16 * j), _MM_HINT_T0);
@@ -46,29 +51,26 @@ void add_tile(const bf16* g, const bf16* x, int64_t pairs, float* c, ptrdiff_t s
   for (int i = 0; i < TILE; ++i) {
     if (i >= rows) break;
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      float* at = c + i * stride + 16 * j;
-      const __mmask16 m = first(columns - 16 * j);
-      store(at, _mm512_add_ps(acc[i][j], load(at, m)), m);
-    }
+    for (int j = 0; j < NV; ++j) leave(c + i * stride + 16 * j, acc[i][j], first(columns - 16 * j));
   }
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-void add_panel(const bf16* g, const bf16* x, int64_t pairs, float* c, ptrdiff_t stride, int64_t rows,
+template <class C>
+void run_panel(const bf16* g, const bf16* x, int64_t pairs, C* c, ptrdiff_t stride, int64_t rows,
                int64_t columns) {
-  for (int64_t i = 0; i < std::min(rows, ROWS); i += TILE) {
-    const auto add = columns > 32 ? add_tile<3> : columns > 16 ? add_tile<2> : add_tile<1>;
-    add(g + 2 * i, x, pairs, c + i * stride, stride, std::min(rows - i, TILE), columns);
-  }
+  const auto run = columns > 32 ? run_tile<3, C> : columns > 16 ? run_tile<2, C> : run_tile<1, C>;
+  for (int64_t i = 0; i < std::min(rows, ROWS); i += TILE)
+    run(g + 2 * i, x, pairs, c + i * stride, stride, std::min(rows - i, TILE), columns);
 }
 
 }  // namespace
 
-void weight_grad(const WeightGrad& a) {
+template <class C>
+void weight_grad(const WeightGrad<C>& a) {
   const int64_t pairs = (a.tokens + 1) / 2, width = round_up(a.k, 16);
-  if (!pairs || !a.n || !a.k) return;
+  if (!a.n || !a.k) return;
   static thread_local Scratch<bf16> held;
   bf16* x = held.get((size_t)(2 * pairs * width));  // panels of WIDE columns, the last one narrower
   const int64_t panels = (width + WIDE - 1) / WIDE, blocks = (a.n + BLOCK - 1) / BLOCK;
@@ -87,9 +89,35 @@ void weight_grad(const WeightGrad& a) {
       pack(a.g + n + i, a.g_row, a.tokens, rows - i, ROWS, g + 2 * pairs * i);
     for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; ++p)
       for (int64_t i = 0; i < rows; i += ROWS)
-        add_panel(g + 2 * pairs * i, x + 2 * pairs * p * WIDE, pairs, a.c + (n + i) * a.k + p * WIDE, a.k,
+        run_panel(g + 2 * pairs * i, x + 2 * pairs * p * WIDE, pairs, a.c + (n + i) * a.k + p * WIDE, a.k,
                   rows - i, std::min(WIDE, a.k - p * WIDE));
   });
 }
+
+template void weight_grad(const WeightGrad<bf16>&);
+template void weight_grad(const WeightGrad<float>&);
+
+// One task takes some columns, so that the order of a sum does not depend on the threads; short sums are added
+// up first, so that many rows lose no more than few.
+template <class T>
+void row_sum(const T* x, ptrdiff_t stride, int64_t rows, int64_t columns, float* out) {
+  constexpr int64_t COLUMNS = 64, SHORT = 128;
+  spread((columns + COLUMNS - 1) / COLUMNS, [&](int64_t task) {
+    const int64_t from = task * COLUMNS, n = std::min(COLUMNS, columns - from);
+    __m512 total[4] = {};
+    for (int64_t t = 0; t < rows; t += SHORT) {
+      __m512 sum[4] = {};
+      for (int64_t i = t; i < std::min(rows, t + SHORT); ++i)
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < 4; ++j)
+          sum[j] = _mm512_add_ps(sum[j], load(x + i * stride + from + 16 * j, first(n - 16 * j)));
+      for (int64_t j = 0; j < 4; ++j) total[j] = _mm512_add_ps(total[j], sum[j]);
+    }
+    for (int64_t j = 0; j < 4; ++j) store(out + from + 16 * j, total[j], first(n - 16 * j));
+  });
+}
+
+template void row_sum(const bf16*, ptrdiff_t, int64_t, int64_t, float*);
+template void row_sum(const float*, ptrdiff_t, int64_t, int64_t, float*);
 
 }  // namespace grpo

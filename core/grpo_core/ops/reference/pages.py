@@ -1,0 +1,58 @@
+"""Bookkeeping of a cache in pages: which page of a pool holds which tokens. No keys or values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .slot_tree import Slot, SlotTree
+
+
+class PageTable(SlotTree[Slot]):
+    """A table [slots, pages] on the device. A fork shares the full pages of its prefix and begins its own in
+    the middle of one, whose first tokens its cache copies.
+    """
+
+    def __init__(self, max_slots: int, max_tokens: int, device: torch.device, page: int) -> None:
+        self.page_size = page
+        # A slot wastes less than a page at its end and copies less than one at its beginning.
+        self.num_pages = -(-max_tokens // page) + 2 * max_slots
+        self.pages_SP = torch.full((max_slots, self.num_pages), -1, dtype=torch.int64, device=device)
+        self.length_S = torch.zeros(max_slots, dtype=torch.int64, device=device)
+        super().__init__(max_slots, max_tokens, units=self.num_pages)
+
+    def reset(self) -> None:
+        """Free every slot."""
+        super().reset()
+        self.pages_SP.fill_(-1)
+        self.length_S.zero_()
+
+    def open(self, length: int, *, parent: int | None, prefix: int) -> int | None:
+        """A slot with room for `length` tokens after `prefix` of its parent's, or None when full.
+
+        Raises ValueError for a negative length, a parent that is not alive or a prefix that it has not.
+        """
+        source = self._source(length, parent=parent, prefix=prefix)
+        if self._is_full(length):
+            return None
+        shared = prefix // self.page_size
+        pages = [] if source is None else source.units[:shared]
+        pages = pages + self._take(-(-(prefix + length) // self.page_size) - shared)
+        slot = self._add(Slot(length=prefix + length, own=length, units=pages, shared=shared, parent=parent))
+        self.pages_SP[slot] = -1
+        self.pages_SP[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int64).to(self.pages_SP.device)
+        self.length_S[slot] = prefix + length
+        return slot
+
+    def page(self, slot: int, number: int) -> int:
+        """The pool's page that is number `number` of a slot."""
+        return self._slots[slot].units[number]
+
+    def rows(self, slots_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Rows int64 [T] of [pages * page size]. Raises IndexError for a position outside of its slot."""
+        size = self.page_size
+        outside_T = (positions_T < 0) | (positions_T >= self.length_S[slots_T])
+        if bool(outside_T.any()):
+            at = int(outside_T.nonzero()[0])
+            raise IndexError(f"slot {int(slots_T[at])} has no room at position {int(positions_T[at])}")
+        return self.pages_SP[slots_T, positions_T // size] * size + positions_T % size
