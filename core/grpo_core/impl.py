@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 NOTHING: Mapping[str, Container[object]] = MappingProxyType({})
+PROOFS = ("", "audited", "simulated", "hardware")
+"""Levels of proof, each with those before it: calls held against the vendor's signatures; the conformance
+suite passed on the vendor's package over a simulated chip; the suite passed on the chip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,3 +87,5 @@ class Impl:
     """0 reference, 50 ok, 80 fused vendor kernel."""
     contract: int = 0
     """Contract version that it was written for."""
+    proof: str = ""
+    """One of `PROOFS`: how far it was checked where its device is absent; "" where nothing is claimed."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .catalogue import Catalogue
 from .config import Config
 from .config_loader import LoadedConfig, merge_recipe
 from .devices.base import Device
-from .devices.pick import pick_device
+from .devices.pick import pick_device, probe
 from .errors import ConfigError, PlanError
 from .impl import DeviceInfo
 from .model.arch import Arch
@@ -50,6 +50,8 @@ class PlannedRun:
     info: DeviceInfo
     facts: RunFacts
     plan: Plan
+    on_paper: bool = False
+    """The device is not here: the plan tells what would run where it is."""
 
     @property
     def config(self) -> Config:
@@ -58,17 +60,20 @@ class PlannedRun:
 
 
 def plan_run(
-    loaded: LoadedConfig, *, earlier: Plan | None = None, world: int = 1, weights: bool = True
-) -> PlannedRun:
+    loaded: LoadedConfig, *, earlier: Plan | None = None, world: int = 1, weights: bool = True,
+    absent: bool = False, catalogue: Catalogue | None = None,
+) -> PlannedRun:  # fmt: skip
     """Plan a run; with `earlier` every op is pinned to that plan's choice. Without `weights` those of a
-    model on the hub are not downloaded: a plan needs its config.json only.
+    model on the hub are not downloaded: a plan needs its config.json only. With `absent` a device that is
+    not here is planned for on paper. `catalogue` stands for the installed plugins.
 
     Raises the `GrpoError` of whatever does not fit: model, family, device, op or pin.
     """
     config = loaded.config
     one_device(config)
-    catalogue = load(off=config.plugins_off)
-    device, info = pick_device(config.device, catalogue)
+    catalogue = load(off=config.plugins_off) if catalogue is None else catalogue
+    device, info = pick_device(config.device, catalogue, absent=absent)
+    said = probe(device)
     model_path = resolve_model(config.model, weights=weights)
     hf_config = read_hf_config(model_path)
     family = catalogue.model_plugin_for(hf_config.get("architectures") or ())
@@ -82,14 +87,19 @@ def plan_run(
     ):
         pins.setdefault(op, engine_pin(catalogue, op, engine))
     if earlier is None:
-        plan = resolve(needs, catalogue, info, pins=pins, fallback=loaded.config.fallback)
+        plan = resolve(
+            needs, catalogue, info, pins=pins, fallback=loaded.config.fallback, on_paper=not said.found
+        )
     else:
         plan = replay(earlier, needs, catalogue, info, pins=pins)
+    if not said.found:
+        why = f"on paper: device {device.name} is not here ({said.reason})"
+        plan = replace(plan, notes=(why, *plan.notes))
     if facts.consistent:
         refuse_mixtures(plan)
     return PlannedRun(
         loaded=loaded, catalogue=catalogue, model_path=model_path, family=family, arch=arch, device=device,
-        info=info, facts=facts, plan=plan,
+        info=info, facts=facts, plan=plan, on_paper=not said.found,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from .impl import Impl
+from .impl import PROOFS, Impl
 from .ops.contract import Contract
 from .requirements import requirement_problem
 
@@ -61,6 +61,8 @@ def _scalar_problem(impl: Impl) -> str | None:
     for field in ("rank", "contract"):
         if not isinstance(getattr(impl, field), int) or getattr(impl, field) < 0:
             return f"{field} must be an int of 0 or more, not {getattr(impl, field)!r}"
+    if impl.proof not in PROOFS:
+        return f"proof must be one of {', '.join(map(repr, PROOFS))}, not {impl.proof!r}"
     if impl.when is not None and not callable(impl.when):
         return f"when must be callable or None, not {impl.when!r}"
     return None

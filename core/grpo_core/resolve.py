@@ -12,6 +12,7 @@ from .ops.contract import CONTRACTS, Contract
 from .plan import NONE, Choice, Passed, Plan, PluginVersion
 from .plugin_checks import CACHE_OF, CACHES, did_you_mean
 from .plugins import Catalogue, Offer, broken_plugins
+from .requirements import unmet
 from .weigh import ONLY_WITH_FALLBACK, is_fallback, refusal
 
 NO_PINS: Mapping[str, str] = MappingProxyType({})
@@ -27,6 +28,7 @@ class _Question:
     pins: Mapping[str, str]
     fallback: str
     contracts: Mapping[str, Contract]
+    on_paper: bool = False
 
 
 @dataclass(slots=True)
@@ -46,10 +48,12 @@ def resolve(
     pins: Mapping[str, str] = NO_PINS,
     fallback: str = NONE,
     contracts: Mapping[str, Contract] = CONTRACTS,
+    on_paper: bool = False,
 ) -> Plan:
     """Choose an offer for every needed op; the same answer whatever the order of plugins or needs.
 
-    `pins` maps an op to an offer id ("none" leaves an optional op out). Raises `PlanError` for a pin
+    `pins` maps an op to an offer id ("none" leaves an optional op out). `on_paper` plans for a device that is
+    not here: what offers require counts as installed, and notes say what is not. Raises `PlanError` for a pin
     that cannot serve and for a required op that nothing serves, with the reasons.
     """
     grouped: dict[str, tuple[Need, ...]] = {}
@@ -62,6 +66,7 @@ def resolve(
         pins=pins,
         fallback=fallback,
         contracts=contracts,
+        on_paper=on_paper,
     )
     notes = _check_pins(question)
     choices: dict[str, Choice] = {}
@@ -76,6 +81,8 @@ def resolve(
                 row = choices[covered]
                 choices[covered] = replace(row, covered_by=op, reason=f"covered by {op}; {row.reason}")
     _require(question, choices)
+    if on_paper:
+        notes += _lacking(question, choices)
     plugins = tuple(
         PluginVersion(id=plugin.id, distribution=plugin.distribution, version=plugin.version)
         for plugin in sorted(catalogue.plugins, key=lambda plugin: plugin.id)
@@ -87,6 +94,14 @@ def resolve(
         fallback=fallback,
         notes=tuple(notes),
     )
+
+
+def _lacking(question: _Question, choices: Mapping[str, Choice]) -> list[str]:
+    """What a plan on paper takes as installed and is not here, one note for each requirement."""
+    chosen = {row.chosen for row in choices.values() if row.chosen}
+    offers = [offer for listed in question.catalogue.offers.values() for offer in listed]
+    required = {one for offer in offers if offer.id in chosen for one in offer.impl.requires}
+    return [f"on paper: {reason}" for reason in sorted(filter(None, map(unmet, required)))]
 
 
 def _check_pins(question: _Question) -> list[str]:
@@ -117,7 +132,14 @@ def _weigh(question: _Question, op: str, cache: str | None) -> _Weighed:
         needs = tuple(replace(need, facts={**need.facts, "cache": cache}) for need in needs)
     weighed = _Weighed(op)
     for offer in question.catalogue.offers.get(op, ()):
-        reason = refusal(offer, needs, question.device, question.contracts[op], question.fallback)
+        reason = refusal(
+            offer,
+            needs,
+            question.device,
+            question.contracts[op],
+            question.fallback,
+            on_paper=question.on_paper,
+        )
         reason = reason or _covers_a_pin(question, op)
         if reason is None:
             weighed.fits.append(offer)

@@ -17,9 +17,18 @@ ONLY_WITH_FALLBACK = "only with fallback: reference"
 
 
 def refusal(
-    offer: Offer, needs: Sequence[Need], device: DeviceInfo, contract: Contract, fallback: str
+    offer: Offer,
+    needs: Sequence[Need],
+    device: DeviceInfo,
+    contract: Contract,
+    fallback: str,
+    *,
+    on_paper: bool = False,
 ) -> str | None:
-    """Why an offer cannot serve all the needs of one op on a device, or None when it can."""
+    """Why an offer cannot serve all the needs of one op on a device, or None when it can.
+
+    `on_paper` takes what it requires as installed: the plan is for another machine than this one.
+    """
     impl = offer.impl
     if impl.device not in ("*", device.type):
         return f"for {impl.device}, not {device.type}"
@@ -29,7 +38,7 @@ def refusal(
         return (
             f"written for contract {impl.contract}, the oldest served is {contract.oldest}: update the plugin"
         )
-    for requirement in impl.requires:
+    for requirement in () if on_paper else impl.requires:
         reason = unmet(requirement)
         if reason:
             return reason

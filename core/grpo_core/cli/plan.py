@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.config.is_dir():
         return _run_folder(args)
     loaded = load_config(args.config, args.overrides)
-    planned = plan_run(loaded, earlier=load_plan(args.plan) if args.plan else None, weights=False)
+    planned = plan_run(loaded, earlier=load_plan(args.plan) if args.plan else None, weights=False,
+                       absent=True)  # fmt: skip
     other = load_plan(args.against) if args.against else None
     size = sizes.size_json(planned.arch, sizes.layout_of(args), planned.facts.train_dtype)
     if args.json:
@@ -126,7 +127,8 @@ def _print_head(planned: PlannedRun) -> None:
     count = f" x{info.count}" if info.count > 1 else ""
     facts = planned.facts
     print(f"model   {planned.config.model} ({planned.family.name}, {len(planned.arch.layers)} layers)")
-    print(f"device  {planned.device.name} ({info.name or info.type}{count})")
+    paper = ", not here: planned on paper" if planned.on_paper else ""
+    print(f"device  {planned.device.name} ({info.name or info.type}{count}{paper})")
     print(f"dtype   train {facts.train_dtype}, rollout {facts.rollout_dtype}")
     if facts.consistent:
         print("mode    consistent: offers that are not batch-invariant are passed over (see --why)")

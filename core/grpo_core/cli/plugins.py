@@ -12,6 +12,12 @@ from ..plugins import load
 from ..requirements import unmet
 from .table import print_table
 
+PROOF = {
+    "audited": "its calls were held against the vendor's signatures, nothing was run",
+    "simulated": "the conformance suite passed on the vendor's package over a simulated chip",
+    "hardware": "the conformance suite passed on the chip",
+}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `grpo plugins`."""
@@ -42,11 +48,23 @@ def run(args: argparse.Namespace) -> int:
 def _print_matrix(catalogue: Catalogue) -> None:
     table = matrix(catalogue)
     devices = sorted({device for row in table.values() for device in row})
-    cells = [
-        [op, *(", ".join(row.get(device, ())) or "-" for device in devices)] for op, row in table.items()
-    ]
+    lacks: dict[str, int] = {}
+    cells = []
+    for op, row in table.items():
+        cells.append([op, *(", ".join(_short(cell, lacks) for cell in row.get(name, ())) or "-"
+                            for name in devices)])  # fmt: skip
     print_table(["op", *devices], cells)
     print("\noffers in the order in which the plan prefers them; * serves every device")
+    for reason, number in lacks.items():
+        print(f"({number}) {reason}")
+    for level, meaning in PROOF.items():
+        print(f"[{level}] {meaning}")
+
+
+def _short(cell: str, lacks: dict[str, int]) -> str:
+    """A cell with the number of a footnote in place of what the offer lacks here."""
+    name, _, reason = cell.removesuffix(")").partition(" (")
+    return f"{name} ({lacks.setdefault(reason, len(lacks) + 1)})" if reason else cell
 
 
 def _print_listing(catalogue: Catalogue) -> None:
@@ -117,4 +135,5 @@ def matrix(catalogue: Catalogue) -> dict[str, dict[str, list[str]]]:
 
 def _cell(offer: Offer) -> str:
     lacking = [reason for reason in map(unmet, offer.impl.requires) if reason]
-    return f"{offer.id}" + (f" ({lacking[0]})" if lacking else "")
+    proof = f" [{offer.impl.proof}]" if offer.impl.proof else ""
+    return offer.id + proof + (f" ({lacking[0]})" if lacking else "")

@@ -32,16 +32,17 @@ def probe(device: Device) -> Probe:
     return Probe(found=False, reason=reason, info=DeviceInfo(type=device.type))
 
 
-def pick_device(name: str, catalogue: Catalogue) -> tuple[Device, DeviceInfo]:
-    """The device called `name` (or of that torch type); "auto" is the best found one, else the CPU.
+def pick_device(name: str, catalogue: Catalogue, *, absent: bool = False) -> tuple[Device, DeviceInfo]:
+    """The device called `name`, or else of that torch type; "auto" is the best found one, else the CPU.
 
     The best has the most memory over all its devices, simulated ones passed over; ties go to the first by
     name. Raises `ConfigError` for an unknown name and `PluginError` for a device that is not here, listing
-    what is.
+    what is; with `absent` a known one that is not here is returned as its plugin describes it (count 0).
     """
     if name == AUTO:
         return _best(catalogue)
-    matching = [device for device in catalogue.devices.values() if name in (device.name, device.type)]
+    named = catalogue.devices.get(name)
+    matching = [named] if named else [one for one in catalogue.devices.values() if one.type == name]
     if not matching:
         known = sorted(catalogue.devices)
         broken = broken_plugins(catalogue)
@@ -54,6 +55,8 @@ def pick_device(name: str, catalogue: Catalogue) -> tuple[Device, DeviceInfo]:
     for device, said in probes:
         if said.found:
             return device, said.info
+    if absent:
+        return probes[0][0], probes[0][1].info
     raise PluginError(
         f"device {name!r} was asked for but is not here",
         why="; ".join(said.reason for _, said in probes) + f". Found: {_found(catalogue)}",

@@ -1,0 +1,93 @@
+"""What an Ascend host needs, looked for without importing torch or torch_npu; each lack with its fix."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_core.requirements import installed_version
+
+NODES = "/dev/davinci[0-9]*"
+"""One device file for each chip."""
+MANAGERS = ("/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc")
+"""Device files that every process needs beside its chip's."""
+DRIVER = Path("/usr/local/Ascend/driver/version.info")
+TOOLKITS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann")
+TOOLKIT_ENV = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
+"""Variables that CANN's set_env.sh sets."""
+SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lack:
+    """Something that keeps this host from using its chips."""
+
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what} (fix: {self.fix})"
+
+
+def chips() -> int:
+    """Chips with a device file, whether or not this process may see them."""
+    return len(glob.glob(NODES))
+
+
+def lacks(environment: Mapping[str, str] = os.environ) -> Iterator[Lack]:
+    """What is missing, the most basic first."""
+    if not chips():
+        yield Lack(
+            what=f"no device file matches {NODES}",
+            fix="install the Ascend driver and firmware; in a container pass --device=/dev/davinci0 or use "
+            "the ascend runtime",
+        )
+    else:
+        missing = [path for path in MANAGERS if not Path(path).exists()]
+        if missing:
+            yield Lack(
+                what=f"{' and '.join(missing)} are not here",
+                fix="pass them to the container too: " + " ".join(f"--device={path}" for path in missing),
+            )
+        if not DRIVER.exists():
+            yield Lack(
+                what=f"{DRIVER} is not here",
+                fix="mount the driver: -v /usr/local/Ascend/driver:/usr/local/Ascend/driver:ro",
+            )
+    yield from _software(environment)
+
+
+def _software(environment: Mapping[str, str]) -> Iterator[Lack]:
+    named = [environment[name] for name in TOOLKIT_ENV if environment.get(name)]
+    if not any(Path(folder).is_dir() for folder in named):
+        here = [folder for folder in TOOLKITS if Path(folder).is_dir()]
+        yield Lack(
+            what="CANN is not set up in this shell" if here else "CANN is not installed",
+            fix=f"source {here[0]}/set_env.sh" if here else f"install the CANN toolkit, then {SET_ENV}",
+        )
+    if importlib.util.find_spec("torch_npu") is None:
+        yield Lack(what="package torch_npu is not installed", fix='pip install "grpo-core[ascend]"')
+        return
+    ours, theirs = installed_version("torch"), installed_version("torch-npu")
+    if ours and theirs and release(ours) != release(theirs):
+        yield Lack(
+            what=f"torch {ours} and torch-npu {theirs} are no pair",
+            fix=f"pip install torch=={release(theirs)}, or the torch-npu of torch {release(ours)}",
+        )
+
+
+def release(version: str) -> str:
+    """ "2.7.1" of "2.7.1.post11+cpu"; torch-npu pins torch down to the third number."""
+    return ".".join(version.partition("+")[0].split(".")[:3])
+
+
+def visible(environment: Mapping[str, str], name: str, present: int) -> int:
+    """Chips that the process may use, by the variable that limits them."""
+    value = environment.get(name)
+    if value is None:
+        return present
+    return min(present, len([item for item in value.split(",") if item.strip().isdigit()]))
