@@ -67,6 +67,8 @@ class Target:
     catalogue: Catalogue
     offers: Mapping[str, tuple[Offer, ...]]
     """By op: offers of its torch type that are not refused for missing requirements."""
+    engines: Mapping[str, str] = field(default_factory=dict)
+    """"rollout" and "train" -> id of the engine of whole runs, where it is not core's own."""
 
 
 class Check(Protocol):

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from grpo_core.errors import ConfigError
 WAYS = {
     "verify": "verify REPORT: is the file what the suite wrote?",
     "diff": "diff OLD NEW: what changed between two reports",
+    "audit": "audit PLUGIN: do its calls fit the vendor's signatures?",
+    "model": "model NAME: is a model family right?",
 }
 
 
@@ -23,10 +26,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `grpo conformance`."""
     parser.usage = (
         "grpo conformance DEVICE [options]\n"
+        "       grpo conformance model NAME [options]\n"
         "       grpo conformance verify REPORT [--signers FILE --as NAME]\n"
-        "       grpo conformance diff OLD NEW"
+        "       grpo conformance diff OLD NEW\n"
+        "       grpo conformance audit PLUGIN\n"
+        "       grpo conformance --mutants [NAME ...]"
     )
-    parser.add_argument("words", nargs="+", metavar="DEVICE", help="a device's name, or verify, diff")
+    parser.add_argument(
+        "words", nargs="*", metavar="DEVICE", help="a device's name, or model, audit, verify, diff"
+    )
     run = parser.add_argument_group("running")
     run.add_argument("--level", action="append", default=[], help="a name, a number or a range (0-3)")
     run.add_argument("--quick", action="store_true", help="fewer shapes: under a minute")
@@ -36,6 +44,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--lf", action="store_true", help="only what failed last time")
     run.add_argument("--collect-only", action="store_true", help="list the cases")
     run.add_argument("-n", dest="workers", default="", help="processes, with pytest-xdist installed")
+    run.add_argument(
+        "--mutants",
+        nargs="*",
+        metavar="NAME",
+        help="does the suite notice known faults? (all, names, levels)",
+    )
+    run.add_argument(
+        "--draws", type=int, default=20, help="values that the healthy device gets with --mutants (20)"
+    )
     out = parser.add_argument_group("writing")
     out.add_argument("--json", type=Path, help="the report")
     out.add_argument("--html", type=Path, help="the report as one page")
@@ -48,8 +65,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 for a pass, 1 for a verdict that is not one, 2 for a mistake."""
+    if args.mutants is not None and not args.words:
+        from .mutants import command
+
+        return command.run(args.mutants, draws=args.draws, out=args.json)
+    if not args.words or args.mutants is not None:
+        raise ConfigError(
+            "grpo conformance takes a device, or --mutants without one",
+            why="mutants are faults of the simulated device",
+            fix="see `grpo conformance --help`",
+        )
     way, rest = args.words[0], args.words[1:]
-    wanted = {"verify": 1, "diff": 2}.get(way, 0)
+    wanted = {"verify": 1, "diff": 2, "audit": 1, "model": 1}.get(way, 0)
     if len(rest) != wanted:
         raise ConfigError(
             f"grpo conformance {way} takes {wanted} argument(s), not {len(rest)}",
@@ -58,8 +85,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if way == "verify":
         return _verify(Path(rest[0]), args)
+    if way == "audit":
+        return _audit(rest[0])
     if way == "diff":
         return _diff(Path(rest[0]), Path(rest[1]))
+    if way == "model":
+        return _suite("cpu", args, rest[0])
     return _suite(way, args)
 
 
@@ -83,6 +114,16 @@ def _verify(path: Path, args: argparse.Namespace) -> int:
     return 0
 
 
+def _audit(plugin: str) -> int:
+    from grpo_core.plugins import load
+
+    from .audit.run import audit_plugin, report
+
+    result = audit_plugin(plugin, load())
+    report(plugin, result)
+    return 1 if result.findings else 0
+
+
 def _diff(old: Path, new: Path) -> int:
     from .diff import compare
     from .report import read
@@ -95,7 +136,7 @@ def _diff(old: Path, new: Path) -> int:
     return 1 if any(row.worse for row in rows) else 0
 
 
-def _suite(device: str, args: argparse.Namespace) -> int:
+def _suite(device: str, args: argparse.Namespace, model: str = "") -> int:
     try:
         import pytest
     except ImportError:
@@ -104,36 +145,42 @@ def _suite(device: str, args: argparse.Namespace) -> int:
             why="its cases are items of pytest",
             fix="pip install pytest",
         ) from None
-    from .collect import pick_levels
+    from . import collect, model_cases
     from .pytest_glue import Results
     from .target import open_target
 
-    levels = pick_levels(args.level)
+    levels = (model_cases if model else collect).pick_levels(args.level)
     target = open_target(device)
+    subject = model_cases.find(model, target.catalogue) if model else None
     results = Results()
-    code = pytest.main(_pytest_words(device, levels, args), plugins=[results])
+    words = _pytest_words(device, levels, args) + (["--conformance-model", model] if model else [])
+    code = pytest.main(words, plugins=[results])
     if args.collect_only or code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR):
         return int(code)
-    return _finish(target, results, levels, args)
+    return _finish(target, results, levels, args, subject)
 
 
 def _pytest_words(device: str, levels: Sequence[int], args: argparse.Namespace) -> list[str]:
     suite = Path(__file__).with_name("suite.py")
     words = [str(suite), "-p", "grpo_conformance.pytest_glue", "-c", os.devnull, f"--rootdir={Path.cwd()}"]
-    words += ["-q", "--tb=short", "-o", f"cache_dir={Path.cwd() / '.grpo_conformance'}"]
+    words += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-q", "--tb=short"]
+    words += ["-o", f"cache_dir={Path.cwd() / '.grpo_conformance'}"]
     words += ["--conformance-device", device, "--conformance-levels", ",".join(map(str, levels))]
     words += ["-k", args.keyword] if args.keyword else []
     words += ["-n", args.workers] if args.workers else []
     words += ["--conformance-known", str(args.known)] if args.known else []
-    words += [f"--junitxml={args.junit}"] if args.junit else []
+    words += [f"--junitxml={args.junit}", "-o", "junit_family=xunit1"] if args.junit else []
     chosen = {"--conformance-quick": args.quick, "-x": args.first, "--lf": args.lf}
     words += [word for word, given in chosen.items() if given]
     return [*words, "--collect-only"] if args.collect_only else words
 
 
-def _finish(target: Any, results: Any, levels: Sequence[int], args: argparse.Namespace) -> int:
+def _finish(
+    target: Any, results: Any, levels: Sequence[int], args: argparse.Namespace, subject: Any = None
+) -> int:
     import datetime
 
+    from . import model_cases
     from .html import page
     from .known import read_known, unmatched
     from .report import build, write
@@ -143,7 +190,10 @@ def _finish(target: Any, results: Any, levels: Sequence[int], args: argparse.Nam
     entries = read_known(args.known, today=datetime.date.today()) if args.known else ()
     known = [{"case": entry.case, "reason": entry.reason, "issue": entry.issue} for entry in entries]
     command = shlex.join(["grpo", *sys.argv[1:]])
-    content = build(target, rows, levels=levels, quick=args.quick, known=known, command=command)
+    about: dict[str, Any] = {}
+    if subject is not None:
+        about = {"model": asdict(subject), "names": model_cases.LEVELS}
+    content = build(target, rows, levels=levels, quick=args.quick, known=known, command=command, **about)
     if args.sign:
         content["signature"] = sign(content, args.sign)
     if args.json:
@@ -161,7 +211,7 @@ def _finish(target: Any, results: Any, levels: Sequence[int], args: argparse.Nam
     missed = [] if args.keyword or args.lf or args.first else unmatched(entries, results.collected)
     for entry in missed:
         print(f"known failure {entry.case!r} is about no case: take it out or mend the pattern")
-    print(f"\n{target.device.name}: {content['verdict']}")
+    print(f"\n{subject.family if subject else target.device.name}: {content['verdict']}")
     return 1 if missed or content["verdict"] == "fail" else 0
 
 

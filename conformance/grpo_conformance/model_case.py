@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,24 @@ SMALLEST = 1e-3
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 POISONED = 8
 """Tensors, spread over the model, in which a NaN is planted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A number that a check compared."""
+
+    error: float
+    tolerance: float
+    where: str = ""
+    """The tensor or place of the largest error."""
+
+
+class Deviation(AssertionError):
+    """A number is off by more than is allowed."""
+
+    def __init__(self, message: str, measured: Measured) -> None:
+        super().__init__(message)
+        self.measured = measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +112,7 @@ def check_names(case: ModelCase) -> None:
     _expect(not differ, f"the map and the decoder differ in {_some(differ)}")
 
 
-def check_logits(case: ModelCase) -> None:
+def check_logits(case: ModelCase) -> Measured:
     """Packed sequences give the logits that transformers gives for each alone."""
     import torch
 
@@ -102,11 +121,13 @@ def check_logits(case: ModelCase) -> None:
         theirs, ours = their_logits(case.hf_model, sequences(case)), our_logits(decoder, sequences(case))
     largest = float(theirs.abs().max())
     _expect(largest > 0.1, f"the largest logit is {largest:.1e}: weights this small hide every difference")
-    error = float((ours - theirs).abs().max()) / largest
-    _expect(error <= LOGITS, f"logits are off by {error:.1e} of the largest; {LOGITS:.0e} is allowed")
+    off = (ours - theirs).abs() / largest
+    token, entry = divmod(int(off.nan_to_num(nan=torch.inf).argmax()), off.shape[1])
+    found = Measured(error=float(off.max()), tolerance=LOGITS, where=f"token {token}, vocabulary {entry}")
+    return _within(found, f"logits are off by {found.error:.1e} of the largest; {LOGITS:.0e} is allowed")
 
 
-def check_gradients(case: ModelCase) -> None:
+def check_gradients(case: ModelCase) -> Measured:
     """Backward through packed sequences gives transformers' gradients, checkpoint tensor by tensor."""
     ours, theirs = gradients_by_name(case)
     errors = {
@@ -114,13 +135,13 @@ def check_gradients(case: ModelCase) -> None:
         for name in ours
     }
     wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= GRADIENTS}
-    _expect(not wrong, f"gradients are off (relative, {GRADIENTS:.0e} is allowed): {_some(wrong)}")
+    where = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    found = Measured(error=errors[where], tolerance=GRADIENTS, where=where)
+    return _within(found, f"gradients are off (relative, {GRADIENTS:.0e} is allowed): {_some(wrong)}")
 
 
-def check_round_trip(case: ModelCase) -> None:
+def check_round_trip(case: ModelCase) -> Measured:
     """What is exported equals what was loaded, bit for bit, and transformers loads it."""
-    import torch
-
     from grpo_core.model.checkpoint_io import read_tensors, write_checkpoint
 
     arch = case.family.arch(case.hf_config)
@@ -128,9 +149,18 @@ def check_round_trip(case: ModelCase) -> None:
     with saved(case) as folder, tempfile.TemporaryDirectory() as written:
         source = dict(read_tensors(folder))
         write_checkpoint(Path(written), exported, arch.hf_config)
-        again = dict(read_tensors(Path(written)))
-        loaded = type(case.hf_model).from_pretrained(written, config=case.hf_model.config).float().eval()
-    tied = case.family.weights(arch).tied
+        return check_written(case, source, Path(written))
+
+
+def check_written(case: ModelCase, source: Mapping[str, Any], folder: Path) -> Measured:
+    """A folder that was written holds the tensors of `source`, and transformers computes the same with it."""
+    import torch
+
+    from grpo_core.model.checkpoint_io import read_tensors
+
+    again = dict(read_tensors(folder))
+    loaded = type(case.hf_model).from_pretrained(folder, config=case.hf_model.config).float().eval()
+    tied = case.family.weights(case.family.arch(case.hf_config)).tied
     wanted = {name: value for name, value in source.items() if name not in tied}
     _expect(again.keys() == wanted.keys(), f"names differ: {_some(again.keys() ^ wanted.keys())}")
     changed = [name for name, value in wanted.items() if not torch.equal(again[name], value)]
@@ -139,7 +169,8 @@ def check_round_trip(case: ModelCase) -> None:
         first, second = (their_logits(model, sequences(case)) for model in (case.hf_model, loaded))
     # Equal weights at other addresses: a kernel may sum in another order.
     error = float((first - second).abs().max() / first.abs().max())
-    _expect(error <= LOGITS, f"transformers' logits for the exported weights are off by {error:.1e}")
+    found = Measured(error=error, tolerance=LOGITS, where="logits of transformers")
+    return _within(found, f"transformers' logits for the exported weights are off by {error:.1e}")
 
 
 def check_refusals(case: ModelCase) -> None:
@@ -153,16 +184,16 @@ def check_refusals(case: ModelCase) -> None:
     names = [name for name in shapes if name not in table.tied]
     for name in names:
         rest = {other: shape for other, shape in shapes.items() if other != name}
-        _refused(lambda rest=rest: table.check(rest.items()), name, "is missing")
+        _refused(partial(table.check, rest.items()), name, "is missing")
         other = {**shapes, name: (shapes[name][0] + 1, *shapes[name][1:])}
-        _refused(lambda other=other: table.check(other.items()), name, "has another shape")
+        _refused(partial(table.check, other.items()), name, "has another shape")
     strange = {**shapes, "model.strange.weight": (2, 2)}
     _refused(lambda: table.check(strange.items()), "model.strange.weight", "is unknown")
     decoder = load_decoder(case)
     for name in names[:: max(1, len(names) // POISONED)]:
         poisoned = {**tensors, name: tensors[name].clone()}
         poisoned[name].view(-1)[-1] = float("nan")
-        _refused(lambda p=poisoned: table.load(p.items(), decoder.state_dict()), name, "holds a NaN")
+        _refused(partial(table.load, poisoned.items(), decoder.state_dict()), name, "holds a NaN")
 
 
 def check_bad_configs(case: ModelCase) -> None:
@@ -178,11 +209,12 @@ def check_bad_configs(case: ModelCase) -> None:
         raise AssertionError(f"a config.json with {change} is not refused")
 
 
-MODEL_CHECKS: tuple[Callable[[ModelCase], None], ...] = (
+MODEL_CHECKS: tuple[Callable[[ModelCase], Measured | None], ...] = (
     check_claims, check_names, check_logits, check_gradients, check_round_trip, check_refusals,
     check_bad_configs,
 )  # fmt: skip
-"""Each raises AssertionError, with what is wrong and by how much, where the family does not conform; a
+"""Each returns the number that it compared, if any, and raises AssertionError (`Deviation` for a number that
+is off), with what is wrong and by how much, where the family does not conform; a
 `GrpoError` of the family's own (names that do not fit, a config that it refuses) passes through."""
 
 
@@ -220,6 +252,12 @@ def _refused(call: Callable[[], object], name: str, trouble: str) -> None:
         _expect(name in str(error), f"where {name} {trouble}, the error does not name it: {error}")
         return
     raise AssertionError(f"a checkpoint in which {name} {trouble} is not refused")
+
+
+def _within(found: Measured, message: str) -> Measured:
+    if not found.error <= found.tolerance:
+        raise Deviation(message, found)
+    return found
 
 
 def _expect(condition: bool, message: str) -> None:

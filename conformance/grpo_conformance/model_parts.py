@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 
 def randomise(hf_model: Any, seed: int = 0, spread: float = 0.3) -> Any:
-    """Add noise to every vector (norms, biases), which start as ones and zeros and would hide mistakes."""
+    """Add noise to every vector (norms, biases, the selection bias of experts), which start as ones and zeros
+    and would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
+    held = hf_model.state_dict(keep_vars=True)
     with torch.no_grad():
-        for parameter in hf_model.parameters():
-            if parameter.ndim == 1:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(spread * noise.to(parameter.dtype))
+        for vector in held.values():
+            if vector.ndim == 1 and vector.is_floating_point():
+                noise = torch.randn(vector.shape, generator=generator)
+                vector.add_(spread * noise.to(vector.dtype))
     return hf_model
 
 
@@ -64,7 +66,8 @@ def our_logits(decoder: Decoder, tokens: list[Tensor]) -> Tensor:
         max_seqlen=max(lengths),
         recompute=False,
     )
-    return hidden_TC @ decoder.head_weight().T
+    logits_TV: Tensor = hidden_TC @ decoder.head_weight().T
+    return logits_TV
 
 
 def gradients_by_name(case: ModelCase) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -91,7 +94,7 @@ def gradients_by_name(case: ModelCase) -> tuple[dict[str, Tensor], dict[str, Ten
 def _their_gradients(hf_model: Any, tokens: list[Tensor], weight_TV: Tensor, names: Any) -> dict[str, Tensor]:
     model = copy.deepcopy(hf_model)
     model.zero_grad()
-    (their_logits(model, tokens) * weight_TV).sum().backward()
+    (their_logits(model, tokens) * weight_TV).sum().backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

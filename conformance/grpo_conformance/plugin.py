@@ -10,8 +10,9 @@ from grpo_core.registry import CommandRegistry
 
 @hookimpl
 def grpo_commands(cli: CommandRegistry) -> None:
-    """`grpo conformance`."""
+    """`grpo conformance` and `grpo bench`."""
     cli.command("conformance", "check a device or a model plugin against the contracts", _configure, _run)
+    cli.command("bench", "time the offers of an op beside a copy and a matmul", _configure_bench, _run_bench)
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -22,5 +23,17 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from .cli import run
+
+    return run(args)
+
+
+def _configure_bench(parser: argparse.ArgumentParser) -> None:
+    from .bench import configure
+
+    configure(parser)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    from .bench import run
 
     return run(args)

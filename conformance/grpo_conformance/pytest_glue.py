@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from . import model_cases
 from .case import Case, Outcome, Target
 from .collect import collect
 from .known import Known, read_known
@@ -60,6 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--conformance-levels", default="")
     group.addoption("--conformance-quick", action="store_true")
     group.addoption("--conformance-known", default="")
+    group.addoption("--conformance-model", default="")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,8 +78,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     levels = [int(level) for level in config.getoption("--conformance-levels").split(",") if level]
-    quick = config.getoption("--conformance-quick")
-    cases = collect(config.stash[SESSION].target, levels=levels, quick=quick)
+    quick, target = config.getoption("--conformance-quick"), config.stash[SESSION].target
+    model = config.getoption("--conformance-model")
+    if model:
+        cases = model_cases.cases(model, target.catalogue, levels=levels, quick=quick)
+    else:
+        cases = collect(target, levels=levels, quick=quick)
     metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
 

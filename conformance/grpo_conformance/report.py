@@ -25,9 +25,14 @@ PACKAGES = ("grpo-core", "torch", "numpy", "transformers")
 
 def build(
     target: Target, results: Sequence[tuple[Case, Outcome]], *, levels: Sequence[int], quick: bool,
-    known: Sequence[Mapping[str, Any]] = (), command: str = "",
+    known: Sequence[Mapping[str, Any]] = (), command: str = "", names: Sequence[str] = LEVELS,
+    model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report of all outcomes, digest included; keys and their meaning are fixed by `SCHEMA`."""
+    """The report of all outcomes, digest included; keys and their meaning are fixed by `SCHEMA`.
+
+    The report of a model family has the key `model`, the target is then what it was computed on, and `names`
+    are those of its levels.
+    """
     subjects: dict[tuple[int, str], list[tuple[Case, Outcome]]] = {}
     for case, outcome in results:
         subjects.setdefault((case.level, case.subject), []).append((case, outcome))
@@ -35,9 +40,10 @@ def build(
         "schema": SCHEMA,
         "command": command,
         "quick": quick,
+        **({} if model is None else {"model": dict(model)}),
         "target": _target(target),
         "environment": environment(),
-        "levels": [_level(level, results) for level in levels],
+        "levels": [_level(level, names, results) for level in levels],
         "subjects": [_subject(level, name, rows) for (level, name), rows in sorted(subjects.items())],
         "cases": [_case(case, outcome) for case, outcome in results],
         "known": [dict(entry) for entry in known],
@@ -106,14 +112,20 @@ def _target(target: Target) -> dict[str, Any]:
         "features": sorted(info.features),
         "simulated": is_simulated(target),
         "plugins": plugins,
+        "proofs": {
+            f"{op} {offer.id}": offer.impl.proof
+            for op, offers in sorted(target.offers.items())
+            for offer in offers
+            if offer.impl.proof
+        },
     }
 
 
-def _level(level: int, results: Sequence[tuple[Case, Outcome]]) -> dict[str, Any]:
+def _level(level: int, names: Sequence[str], results: Sequence[tuple[Case, Outcome]]) -> dict[str, Any]:
     rows = [outcome for case, outcome in results if case.level == level]
     return {
         "level": level,
-        "name": LEVELS[level],
+        "name": names[level],
         "verdict": verdict([row.status for row in rows]),
         "counts": dict(sorted(Counter(row.status for row in rows).items())),
         "seconds": round(sum(row.seconds for row in rows), 2),

@@ -69,7 +69,7 @@ def test_every_bundled_offer_for_the_cpu_that_can_be_chosen_has_its_contracts_si
     catalogue = load()
     bound = 0
     for op, offers in catalogue.offers.items():
-        for offer in offers:
+        for offer in (one for one in offers if one.impl.device in ("cpu", "*")):
             pick = Choice(
                 op=op, chosen=offer.id, load=offer.impl.load, reason="test", contract=offer.impl.contract
             )
@@ -180,9 +180,31 @@ def test_an_adapter_takes_a_tensor_for_what_it_is_not_neutral() -> None:
         adapted(5, sinks=torch.zeros(2))
 
 
+def test_an_adapter_keeps_hints_from_an_older_offer() -> None:
+    adapted = adapt(lambda x: x, row("moe.experts", "a:b"), {"main_grad": None, "sinks": None}, {"main_grad"})
+    assert adapted(5, main_grad=torch.zeros(2), sinks=None) == 5
+    with pytest.raises(PluginError, match="cannot serve sinks"):
+        adapted(5, main_grad=None, sinks=torch.zeros(2))
+
+
+@pytest.mark.parametrize("op", ["loss.logprob", "moe.experts"])
+def test_an_offer_from_before_main_grads_trains_through_autograd(op: str) -> None:
+    contract = CONTRACTS[op]
+    assert contract.version == 1 and contract.oldest == 0 and tuple(contract.added) == contract.hints
+    assert all(version == 1 and neutral is None for version, neutral in contract.added.values())
+
+
 def test_a_plan_from_the_resolver_binds() -> None:
     references = [
-        Impl(op=op, name="reference", device="*", load=contract.reference, backward=True, rank=0)
+        Impl(
+            op=op,
+            name="reference",
+            device="*",
+            load=contract.reference,
+            backward=True,
+            rank=0,
+            contract=contract.version,
+        )
         for op, contract in CONTRACTS.items()
         if contract.reference
     ]

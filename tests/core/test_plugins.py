@@ -27,6 +27,7 @@ def test_the_bundled_plugins_load_without_failure() -> None:
     catalogue = load()
     assert catalogue.failures == ()
     assert sorted((item.id, item.distribution) for item in catalogue.plugins) == [
+        ("ascend", "grpo-core"),
         ("conformance", "grpo-core"),
         ("core", "grpo-core"),
         ("cpu", "grpo-core"),
@@ -160,7 +161,8 @@ def test_a_plugin_cannot_take_a_command_of_the_core() -> None:
 
     catalogue = load(extra={"acme": plugin(commands=commands)})
     assert (
-        sorted(catalogue.commands) == ["conformance", "tune"] and catalogue.owners["command:tune"] == "acme"
+        sorted(catalogue.commands) == ["bench", "conformance", "tune"]
+        and catalogue.owners["command:tune"] == "acme"
     )
     assert "command 'train' belongs to 'core'" in failures(catalogue, "acme")[0]
 

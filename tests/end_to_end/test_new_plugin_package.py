@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from built_wheels import PIP, ROOT, run, wheel_of
 from tiny_run import write_additions, write_tiny_model
-
-ROOT = Path(__file__).parents[2]
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "--quiet")
-
-
-def run(*words: str | Path, cwd: Path, site: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A process that has `site` before everything that is installed."""
-    path = os.environ.get("PYTHONPATH", "")
-    if site is not None:
-        path = os.pathsep.join([str(site), path]).rstrip(os.pathsep)
-    return subprocess.run(
-        words, cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def grpo(*words: str | Path, cwd: Path, site: Path | None = None) -> str:
@@ -33,17 +18,6 @@ def grpo(*words: str | Path, cwd: Path, site: Path | None = None) -> str:
     done = run(sys.executable, "-m", "grpo_core.cli.main", *words, cwd=cwd, site=site)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def wheel_of(source: Path, place: Path) -> Path:
-    """Built with the hatchling that is installed: nothing is downloaded."""
-    done = run(
-        *PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", place, source,
-        cwd=place.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = place.glob("*.whl")
-    return wheel
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +32,17 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(package: Path) -> Path:
     """A folder with the package installed from its wheel."""
     wheel, place = wheel_of(package, package.parent / "dist"), package.parent / "site"
-    done = run(*PIP, "install", "--no-deps", "--no-index", "--target", place, wheel, cwd=package.parent)
+    done = run(
+        sys.executable,
+        *PIP,
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        place,
+        wheel,
+        cwd=package.parent,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (place / "grpo_tiny_llm" / "plugin.py").is_file()
     return place

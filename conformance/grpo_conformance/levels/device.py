@@ -13,6 +13,8 @@ from grpo_core.plugins import Raised, attempt
 from ..case import Case, Outcome, Target, failed, passed
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+APART = 1000
+"""Between the seeds of two draws."""
 
 
 def cases(target: Target, *, quick: bool) -> Iterable[Case]:
@@ -77,10 +79,10 @@ def tensors(target: Target, *, dtype: str) -> Outcome:
     return passed() if bool(nan.isnan().all()) else failed(f"NaN does not survive in {dtype}")
 
 
-def copies(target: Target) -> Outcome:
+def copies(target: Target, *, draw: int = 0) -> Outcome:
     """Round trips keep every bit: whole, strided, empty, pinned and non-blocking."""
     device = target.device.open(0)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1 + APART * draw)
     host = torch.randint(-(2**31), 2**31 - 1, (257, 33), generator=generator, dtype=torch.int32)
     for name, part in (
         ("whole", host),
@@ -101,7 +103,8 @@ def copies(target: Target) -> Outcome:
 
 
 def streams(target: Target) -> Outcome:
-    """Work on two streams is ordered by an event, and a synchronised device has finished all of it."""
+    """Work on two streams is ordered by an event; an event, a stream or a device that was waited for has
+    finished all of it, copies to the host included."""
     device = target.device.open(0)
     if device.type == "cpu":
         target.device.synchronize()
@@ -119,29 +122,59 @@ def streams(target: Target) -> Outcome:
         second.wait_event(event)
         y = x * 2
     target.device.synchronize()
-    return passed() if bool((y == 100).all()) else failed(f"a second stream saw {y.unique().tolist()[:4]}")
+    if not bool((y == 100).all()):
+        return failed(f"a second stream saw {sorted(set(y.flatten().tolist()))[:4]}")
+    told = _waited_for(module, device)
+    target.device.synchronize()
+    return failed(told) if told else passed()
 
 
-def random(target: Target) -> Outcome:
+def _waited_for(module: Any, device: torch.device) -> str:
+    """What was not done when a copy to the host was waited for, in words."""
+    first, second = torch.Stream(device=device), torch.Stream(device=device)
+    x = torch.arange(1 << 18, device=device)
+    wanted = x.cpu()
+    for how in ("an event", "a stream that waits for an event", "an event that says it is over"):
+        event, landing = torch.Event(device=device), torch.full_like(wanted, -1).pin_memory()
+        with module.stream(first):
+            landing.copy_(x, non_blocking=True)
+            event.record(first)
+        if how == "an event":
+            event.synchronize()
+        elif how == "a stream that waits for an event":
+            second.wait_event(event)
+            second.synchronize()
+        elif not event.query():
+            # Too early to say; what was waited for must be told as over.
+            event.synchronize()
+            if not event.query():
+                return "an event that was waited for says that it is not over"
+        if not torch.equal(landing, wanted):
+            return f"a copy to pinned memory is not there after waiting for {how}"
+    return ""
+
+
+def random(target: Target, *, draw: int = 0) -> Outcome:
     """The same seed and the same saved state give the same numbers; another seed gives others."""
     device = target.device.open(0)
 
-    def draw() -> torch.Tensor:
+    def numbers() -> torch.Tensor:
         return torch.rand(1000, device=device).cpu()
 
-    target.device.seed(7)
-    first = draw()
+    seed = 7 + APART * draw
+    target.device.seed(seed)
+    first = numbers()
     state = target.device.rng_state()
-    second = draw()
-    target.device.seed(7)
-    again = draw()
+    second = numbers()
+    target.device.seed(seed)
+    again, further = numbers(), [numbers() for _ in range(3)]
     target.device.set_rng_state(state)
-    continued = draw()
-    target.device.seed(8)
-    other = draw()
+    continued = numbers()
+    target.device.seed(seed + 1)
+    other = numbers()
     if not torch.equal(first, again):
         return failed("the same seed gives other numbers")
-    if not torch.equal(second, continued):
+    if not torch.equal(second, continued) or not torch.equal(second, further[0]):
         return failed("a restored state does not continue where it was saved")
     if torch.equal(first, other) or torch.equal(first, second):
         return failed("another seed, or the next draw, gives the same numbers")
@@ -150,10 +183,10 @@ def random(target: Target) -> Outcome:
     return passed()
 
 
-def determinism(target: Target) -> Outcome:
+def determinism(target: Target, *, draw: int = 0) -> Outcome:
     """With torch's deterministic flag, sums that meet in one place give the same bits every time."""
     device = target.device.open(0)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2 + APART * draw)
     rows = torch.randn(4096, 16, generator=generator).to(device)
     where = torch.randint(0, 8, (4096,), generator=generator).to(device)
     was = torch.are_deterministic_algorithms_enabled()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_core.backend import import_pointer
@@ -17,6 +17,7 @@ from ..ops.table import FAMILIES
 
 WHOLE_DTYPES = 2
 """The first dtypes that an offer takes are asked about every shape, and are all that a quick run asks."""
+FLAGS = "grpo_conformance.ops.flags"
 OUTSIDE = "a value that is not declared"
 THREADED = ("above 2^16 elements",)
 """Shapes that an offer computes with all threads of the host. Others are too small to share out, and threads
@@ -48,6 +49,8 @@ def _of_offer(offer: Offer, info: DeviceInfo, quick: bool) -> Iterator[Case]:
         for shape, sizes in _shapes(offer, info, family, facts, quick or served > WHOLE_DTYPES):
             args = {**base, "dtype": dtype, "shape": shape, "facts": sizes}
             yield _case(offer, f"{dtype}/{shape}", "answers", args)
+        if served <= (1 if quick else WHOLE_DTYPES):
+            yield from _flags(offer, {**base, "dtype": dtype, "facts": facts})
     if served:
         yield _case(offer, "limits", "limits", base)
     else:
@@ -61,6 +64,8 @@ def _shapes(
         sizes = {**facts, **changes}
         if shape in family.trained and not offer.impl.backward:
             continue
+        if offer.impl.contract < family.since.get(shape, 0):
+            continue
         if (shape in family.quick or not few) and refused(offer, info, sizes) is None:
             yield shape, sizes
     if few:
@@ -69,32 +74,60 @@ def _shapes(
         found = ends(offer, info, facts, names, span)
         for word, sizes in zip(("least", "most"), found, strict=False):
             yield f"{word} {what}", sizes
+        yield from _single_ends(offer, info, facts, names, span, found)
 
 
-def _case(offer: Offer, name: str, check: str, args: Mapping[str, Any]) -> Case:
+def _single_ends(
+    offer: Offer, info: DeviceInfo, facts: Mapping[str, Any], names: Sequence[str], span: tuple[int, int],
+    found: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
+    """Ends of one size that no size has together with the others."""
+    for name in names if len(names) > 1 else ():
+        together = [sizes[name] for sizes in found]
+        for word, sizes in zip(("least", "most"), ends(offer, info, facts, (name,), span), strict=False):
+            if not together or not min(together) <= sizes[name] <= max(together):
+                yield f"{word} {name.replace('_', ' ')} alone", sizes
+
+
+def _flags(offer: Offer, args: Mapping[str, Any]) -> Iterator[Case]:
+    """One case for each flag that an offer declares besides `backward` and `deterministic`, which every case
+    asks about."""
+    impl, dtype = offer.impl, args["dtype"]
+    if impl.batch_invariant:
+        yield _case(offer, f"{dtype}/batch-invariant", f"{FLAGS}:batch_invariant", args)
+    if impl.graph and CONTRACTS[impl.op].kind == "function":
+        # A capture that goes wrong can leave the device in any state.
+        yield _case(offer, f"{dtype}/graph", f"{FLAGS}:graph", args, alone=True)
+
+
+def _case(offer: Offer, name: str, check: str, args: Mapping[str, Any], *, alone: bool = False) -> Case:
     op = offer.impl.op
     return Case(
         id=f"ops/{op}/{offer.id}/{name}".replace(" ", "-"),
         level=2,
         subject=f"{op} {offer.id}",
-        run=f"{__name__}:{check}",
+        run=check if ":" in check else f"{__name__}:{check}",
         args=args,
         room=offer.id,
+        alone=alone,
     )
 
 
 def answers(
-    target: Target, *, op: str, offer_id: str, dtype: str, shape: str, facts: Mapping[str, Any]
+    target: Target, *, op: str, offer_id: str, dtype: str, shape: str, facts: Mapping[str, Any], draw: int = 0
 ) -> Outcome:
-    """The questions of one named shape."""
+    """The questions of one named shape; another `draw` asks them with other values."""
     import torch
+
+    from ..ops.question import drawn
 
     threads = torch.get_num_threads()
     offer = _offer(target, op, offer_id)
     torch.set_num_threads(1)
     try:
         many = threads if shape in THREADED and offer.impl.rank > 0 else 1
-        return _asked(target, offer, dtype, shape, facts, many)
+        with drawn(draw):
+            return _asked(target, offer, dtype, shape, facts, many)
     finally:
         torch.set_num_threads(threads)
 

@@ -37,10 +37,12 @@ ASKED = ("grpo_devices", "grpo_attention", "grpo_linear_attention", "grpo_fused_
 
 
 def cases(target: Target, *, quick: bool) -> Iterable[Case]:
-    """Two cases for each plugin that serves the target, two for each of its offers."""
+    """Two cases for each plugin that serves the target or has failed, two for each offer."""
     here = f"{__name__}:"
     plugins = {offer.plugin for row in target.offers.values() for offer in row}
     plugins.add(target.catalogue.owners[f"device:{target.device.name}"])
+    # One that could not be loaded or asked may be the one that should have served it.
+    plugins.update(failure.plugin for failure in target.catalogue.failures)
     for name in sorted(plugins):
         args, subject = {"plugin": name}, f"plugin:{name}"
         yield Case(
@@ -83,7 +85,9 @@ def cases(target: Target, *, quick: bool) -> Iterable[Case]:
 
 def imports(target: Target, *, plugin: str) -> Outcome:
     """Importing the plugin and asking its hooks loads no vendor package and no torch, in little time."""
-    module = next(info.module for info in target.catalogue.plugins if info.id == plugin)
+    module = next((info.module for info in target.catalogue.plugins if info.id == plugin), None)
+    if module is None:
+        return failed(_told(target, plugin))
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PROBE.replace("{hooks!r}", repr(ASKED)), module],
@@ -104,8 +108,13 @@ def imports(target: Target, *, plugin: str) -> Outcome:
 
 def failures(target: Target, *, plugin: str) -> Outcome:
     """The loader recorded nothing against the plugin: names are unique, hooks known, records sound."""
-    found = [failure for failure in target.catalogue.failures if failure.plugin == plugin]
-    return failed("; ".join(str(failure) for failure in found)) if found else passed()
+    told = _told(target, plugin)
+    return failed(told) if told else passed()
+
+
+def _told(target: Target, plugin: str) -> str:
+    """What the loader recorded against a plugin."""
+    return "; ".join(str(failure) for failure in target.catalogue.failures if failure.plugin == plugin)
 
 
 def declared(target: Target, *, op: str, offer_id: str) -> Outcome:

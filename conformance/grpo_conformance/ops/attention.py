@@ -33,10 +33,11 @@ LENGTHS: Mapping[str, tuple[list[int], list[int]]] = {
     "families": ([6, 4, 5, 9, 2, 7, 3, 12, 1], [-1, 0, 0, -1, 3, 3, 3, 3, 0]),
     "empty child and empty prompt": ([4, 3, 0, 0, 5], [-1, 0, 0, -1, 3]),
     "long beside short": ([40, 3, 90, 1], [-1, 0, 0, 0]),
+    "all alike": ([600], [-1]),
 }
 USUAL: Mapping[str, Facts] = {
     "length 1": {}, "ragged": {}, "above 2^16 elements": {}, "large scores": {}, "rows with gaps": {},
-    "isolation": {}, "windows": {"window": True}, "wider values": {"v_head_dim": 64},
+    "isolation": {}, "windows": {"window": True}, "wider values": {"v_head_dim": 64}, "all alike": {},
 }  # fmt: skip
 PLAIN: Mapping[str, Facts] = {
     **USUAL, "one sequence of maximal length": {}, "no tokens": {}, "not causal": {},
@@ -44,7 +45,11 @@ PLAIN: Mapping[str, Facts] = {
 TREES: Mapping[str, Facts] = {
     **USUAL, "families": {}, "empty child and empty prompt": {}, "long beside short": {},
 }  # fmt: skip
-QUICK = ("ragged", "families", "above 2^16 elements", "windows", "isolation")
+QUICK = ("ragged", "families", "above 2^16 elements", "windows", "isolation", "all alike")
+COMMON = 96.0
+"""Of all scores of "all alike": weights that are rounded before it is taken off are off by a quarter of it in
+bfloat16, and sums of values that are all near `VALUES` stand still when they are kept in bfloat16."""
+VALUES = 2.0
 
 
 def questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Question]:
@@ -60,6 +65,8 @@ def questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Questio
         yield replace(question, padded=("q", "k", "v"))
     elif shape == "isolation":
         yield _poisoned(question, lengths, parents)
+    elif shape == "all alike":
+        yield _alike(question)
     elif shape == "not causal":
         yield _question(op, shape, facts, DTYPES[dtype], lengths, parents, heads, size, causal=False)
     elif shape == "windows":
@@ -110,6 +117,17 @@ def _question(
         differentiable=("q", "k", "v"), seed=3,
         magnitudes={"gradient of q": largest["k"], "gradient of k": largest["q"]},
     )  # fmt: skip
+
+
+def _alike(question: Question) -> Question:
+    """Scores and values with a large part in common. Gradients are differences of what it multiplies."""
+    tensors = dict(question.tensors)
+    # Without the keys' own share of it, weights are nearly equal and sums have many terms.
+    tensors["k"] = tensors["k"].double() - tensors["k"].double().mean(-1, keepdim=True)
+    each = (COMMON * tensors["q"].shape[2] ** -0.5) ** 0.5
+    for name, common in (("q", each), ("k", each), ("v", VALUES)):
+        tensors[name] = (tensors[name].double() + common).to(question.tensors[name].dtype)
+    return replace(question, tensors=tensors, differentiable=(), magnitudes={})
 
 
 def _poisoned(question: Question, lengths: Sequence[int], parents: Sequence[int]) -> Question:

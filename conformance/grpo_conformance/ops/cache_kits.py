@@ -88,8 +88,8 @@ class Heads:
 
     def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         D, E = self.sizes
-        keys, values = rows.split([KV_HEADS * D, KV_HEADS * E], 1)
-        return keys.unflatten(1, (KV_HEADS, D)), values.unflatten(1, (KV_HEADS, E))
+        keys, values = torch.split(rows, [KV_HEADS * D, KV_HEADS * E], 1)
+        return torch.unflatten(keys, 1, (KV_HEADS, D)), torch.unflatten(values, 1, (KV_HEADS, E))
 
     def read(self, op: Reader, q: Tensor, layer: Any, window: int | None, **rest: Any) -> Tensor:
         return op(q, layer, scale=self.scale, window=window, **rest)
@@ -136,13 +136,14 @@ class Latents:
         )  # fmt: skip
 
     def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        latent, turned = rows.split(list(self.sizes[:2]), 1)
+        latent, turned = torch.split(rows, list(self.sizes[:2]), 1)
         return latent, turned
 
     def read(self, op: Reader, q: Tensor, layer: Any, window: int | None, **rest: Any) -> Tensor:
         _, rope, nope = self.sizes
-        w_uk, w_uv = self.weight_HUL.to(q.device).split([nope, int(self.facts["v_head_dim"])], 1)
-        q_nope, q_rope = q.split([nope, rope], -1)
+        weight = self.weight_HUL.to(q.device)
+        w_uk, w_uv = torch.split(weight, [nope, int(self.facts["v_head_dim"])], 1)
+        q_nope, q_rope = torch.split(q, [nope, rope], -1)
         return op(q_nope, q_rope, layer, w_uk, w_uv, scale=self.scale, **rest)
 
     def expect(self, rows: Tensor, q: Tensor, window: int | None) -> Tensor:
@@ -196,10 +197,10 @@ class Stepped:
         """(rows to be written, queries) in float64."""
         (H, D), E = kit.queries, kit.sizes[1]
         given = {name: x.double() if x.is_floating_point() else x for name, x in self.tensors.items()}
-        q, k, v = given["qkv_BW"].split([H * D, KV_HEADS * D, KV_HEADS * E], 1)
+        q, k, v = torch.split(given["qkv_BW"], [H * D, KV_HEADS * D, KV_HEADS * E], 1)
         turned = []
         for x, heads, name in ((q, H, "q_norm"), (k, KV_HEADS, "k_norm")):
-            x = x.unflatten(1, (heads, D))
+            x = torch.unflatten(x, 1, (heads, D))
             if name in given:
                 x = oracles.rms_norm(x, given[name], eps=EPS, residual=None, zero_centered=False)
             turned.append(

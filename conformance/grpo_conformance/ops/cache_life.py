@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .buffers import damage, guard_all
 from .cache_kits import Heads, Kit, Stepped
-from .question import normal, seeded
+from .question import normal, of_draw, seeded
 
 READ = 1
 """The layer that is read; the other one holds the same numbers with the other sign."""
@@ -89,7 +89,7 @@ class Life:
 
         name = "decode" if counts is None else "prefill"
         o = self._guarded(name, given, read)
-        self._compare(name, o, sequences, each, q.split(each), window)
+        self._compare(name, o, sequences, each, torch.split(q, each), window)
 
     def step(self, sequences: Sequence[int], window: int | None = None) -> None:
         """Append and read one token each in a single call."""
@@ -106,7 +106,7 @@ class Life:
                           **{name: x[name] for name in x if name != "qkv_BW"}))  # fmt: skip
         heads = kit.queries[0]
         each = [1] * len(sequences)
-        self._compare("step", o.unflatten(1, (heads, -1)), sequences, each, q.split(each), window)
+        self._compare("step", o.unflatten(1, (heads, -1)), sequences, each, torch.split(q, each), window)
 
     def _guarded(self, what: str, given: Mapping[str, Tensor], call: Callable[..., Any]) -> Any:
         guarded = guard_all(given, self.device)
@@ -122,7 +122,7 @@ class Life:
         queries: Sequence[Tensor], window: int | None,
     ) -> None:  # fmt: skip
         """Keep what came and what should have come, but for sequences of NaN."""
-        parts = o.detach().cpu().split(list(counts)) if len(o) == sum(counts) else None
+        parts = torch.split(o.detach().cpu(), list(counts)) if len(o) == sum(counts) else None
         if parts is None:
             raise Broken(f"{name} gives {len(o)} rows for {sum(counts)} queries")
         well = [i for i, s in enumerate(sequences) if s not in self.sick]
@@ -147,7 +147,7 @@ class Life:
 
 def generation(life: Life, windows: Sequence[int | None]) -> None:
     """Prompts, forks, freed parents, forks of forks and shuffled batches, as an engine makes them."""
-    shuffle = random.Random(3)
+    shuffle = random.Random(of_draw(3))
     long, short, alone = life.open(7), life.open(5), life.open(12)
     life.write([long, short, alone], [7, 5, 3])
     for window in windows:
@@ -220,6 +220,11 @@ def long_sequences(life: Life) -> None:
     life.write([child], [20])
     life.ask([child, second], [20, 2])
     life.ask([second, child])
+    life.free(first)
+    late = life.open(290)
+    life.write([late], [290])
+    life.ask([child, late], [1, 290])
+    life.ask([late, child, second])
 
 
 def released(life: Life) -> None:

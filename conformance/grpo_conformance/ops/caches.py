@@ -134,8 +134,8 @@ def step(
     """`attention.step` from core's references: norms, rotary, write, decode."""
     K, E = cache.v_RKE.shape[1:]
     D = cache.k_RKD.shape[2]
-    q, k, v = qkv_BW.split([num_heads * D, K * D, K * E], 1)
-    q, k, v = q.unflatten(1, (num_heads, D)), k.unflatten(1, (K, D)), v.unflatten(1, (K, E))
+    q, k, v = torch.split(qkv_BW, [num_heads * D, K * D, K * E], 1)
+    q, k, v = (torch.unflatten(x, 1, sizes) for x, sizes in ((q, (num_heads, D)), (k, (K, D)), (v, (K, E))))
     if q_norm is not None:
         q = reference_fused.rms_norm(q, q_norm, eps=eps, residual=None, zero_centered=False)
     if k_norm is not None:

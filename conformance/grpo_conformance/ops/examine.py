@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..case import Outcome, failed, passed
 from .buffers import bits, damage, guard_all
-from .question import Question, Tensors, laid_out, seeded
+from .question import Question, Tensors, laid_out, of_draw, seeded
 from .tolerance import Gap, gaps
 
 WEIGHTS_SEED = 7
@@ -144,7 +144,12 @@ def judge(
     return passed(
         error=gap.error,
         tolerance=gap.tolerance,
-        worst={"shape": question.label, "result": name, "measure": gap.measure, "seed": question.seed},
+        worst={
+            "shape": question.label,
+            "result": name,
+            "measure": gap.measure,
+            "seed": of_draw(question.seed),
+        },
     )
 
 
@@ -206,7 +211,7 @@ def _differing(first: Answer, second: Answer) -> str:
 
 
 def _told(question: Question, message: str, **found: Any) -> Outcome:
-    inputs = {"shape": question.label, "seed": question.seed, "inputs": question.sizes()}
+    inputs = {"shape": question.label, "seed": of_draw(question.seed), "inputs": question.sizes()}
     return failed(f"{question.label}: {message}", worst={**inputs, **found.pop("worst", {})}, **found)
 
 

@@ -26,6 +26,7 @@ def refused(offer: Offer, info: DeviceInfo, facts: Facts, *, backward: bool | No
         backward=impl.backward if backward is None else backward,
         graph=impl.graph,
         deterministic=impl.deterministic,
+        batch_invariant=impl.batch_invariant,
     )
     return refusal(offer, [need], info, CONTRACTS[impl.op], ALLOW_REFERENCE)
 

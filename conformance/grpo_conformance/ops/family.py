@@ -30,6 +30,8 @@ class Family:
     """What is named "least ..." and "most ...": the facts, set equal, and the span where none is declared."""
     trained: Sequence[str] = ()
     """Shapes that only an offer with a backward pass is asked."""
+    since: Mapping[str, int] = field(default_factory=dict)
+    """Shape -> contract version that added what it asks; offers of older ones are not asked."""
     partner: str = ""
     """Op whose offer of the same id is asked together with this one, as (partner, offer)."""
     dtypes: Sequence[str] = FLOATS

@@ -16,10 +16,10 @@ from .question import DTYPES, Question, Tensors, normal, seeded
 SIZES: Mapping[str, tuple[int, int, int]] = {
     "usual": (9, 64, 96), "one row": (1, 64, 96), "no rows": (0, 64, 96), "odd sizes": (7, 33, 19),
     "one feature": (5, 64, 1), "above 2^16 elements": (513, 64, 130), "without bias": (9, 64, 96),
-    "main gradient": (9, 64, 96), "main gradient without bias": (70, 48, 32),
+    "long sums": (5, 8192, 33), "main gradient": (9, 64, 96), "main gradient without bias": (70, 48, 32),
 }  # fmt: skip
 """Rows, inputs, outputs."""
-LINEAR_QUICK = ("usual", "above 2^16 elements", "main gradient")
+LINEAR_QUICK = ("usual", "above 2^16 elements", "main gradient", "long sums")
 LOGPROB_AXES: Mapping[str, Sequence[Any]] = {
     "hidden_size": (64, 128, 256), "vocab_size": (300, 1024, 32000),
 }  # fmt: skip
@@ -29,6 +29,7 @@ LOGPROB_ENDS: Mapping[str, Any] = {
 LOGPROB_SHAPES: Mapping[str, Facts] = {
     "usual": {}, "one token": {}, "no tokens": {}, "large logits": {}, "temperature": {},
     "above 2^16 elements": {}, "vocabulary above 2^16": {"vocab_size": 65600}, "isolation": {},
+    "main gradient": {},
 }  # fmt: skip
 STEPS = 3
 ADAMW: dict[str, float] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
@@ -42,6 +43,7 @@ def dense_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Q
     """With autograd's gradients; or with the weight's added to a float32 tensor."""
     T, K, N = SIZES[shape]
     tensors = _linear(T, K, N, DTYPES[dtype], bias="without bias" not in shape)
+    tensors |= _of_one_sign(tensors) if shape == "long sums" else {}
     if not shape.startswith("main gradient"):
         yield Question(
             label=shape,
@@ -65,6 +67,11 @@ def _linear(T: int, K: int, N: int, dtype: torch.dtype, *, bias: bool) -> dict[s
         "weight": normal(generator, N, K, dtype=dtype, scale=K**-0.5),
     }
     return {**tensors, "bias": normal(generator, N, dtype=dtype)} if bias else tensors
+
+
+def _of_one_sign(tensors: Tensors) -> dict[str, Tensor]:
+    """A sum of such terms stands still half-way where it is kept in a dtype of few digits."""
+    return {name: x.abs() for name, x in tensors.items() if name != "bias"}
 
 
 def _affine(given: Tensors) -> Tensor:
@@ -102,6 +109,7 @@ def packed_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[
     T, K, N = SIZES[shape]
     tensors = _linear(T, K, N, DTYPES[dtype], bias=shape != "without bias")
     tensors["weight 2"] = normal(seeded(44), N, K, dtype=DTYPES[dtype], scale=K**-0.5)
+    tensors |= _of_one_sign(tensors) if shape == "long sums" else {}
     if "bias" in tensors:
         tensors["bias 2"] = normal(seeded(45), N, dtype=DTYPES[dtype])
 
@@ -140,6 +148,9 @@ def logprob_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable
     if T > 1:
         tensors["labels"][:2] = torch.tensor([0, V - 1])
     largest = 4 * size / temperature
+    if shape == "main gradient":
+        yield _main_head(shape, tensors, DTYPES[dtype], largest)
+        return
     for chosen in ((0, 1), (0,), (1,)) if shape == "usual" else ((0, 1),):
         names = tuple(("log-probs", "entropies")[i] for i in chosen)
 
@@ -157,6 +168,39 @@ def logprob_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable
             oracle=oracle, dtype=DTYPES[dtype], names=names, differentiable=("hidden", "head"), seed=46,
             magnitudes={"log-probs": largest, "entropies": largest}, **_sick(shape, names, T),
         )  # fmt: skip
+
+
+def _main_head(label: str, inputs: Tensors, dtype: torch.dtype, largest: float) -> Question:
+    """The head's gradient added to a float32 tensor."""
+    tensors = {**inputs, "main_grad": normal(seeded(51), *inputs["head"].shape)}
+    tensors["weights"] = normal(seeded(52), 2, inputs["labels"].shape[0])
+    how = {"temperature": 1.0, "group": None}
+
+    def call(implementation: Any, given: Tensors) -> Any:
+        hidden, head = (given[name].detach().requires_grad_() for name in ("hidden", "head"))
+        with torch.enable_grad():
+            results = implementation(hidden, head, given["labels"], **how, main_grad_VC=given["main_grad"])
+            torch.autograd.backward(results, tuple(given["weights"]))
+        return *results, hidden.grad, torch.zeros_like(head) if head.grad is None else head.grad
+
+    def oracle(given: Tensors) -> Any:
+        hidden, head = (given[name].detach().requires_grad_() for name in ("hidden", "head"))
+        with torch.enable_grad():
+            results = oracles.logprob(hidden, head, given["labels"], 1.0)
+        g_hidden, g_head = torch.autograd.grad(results, (hidden, head), tuple(given["weights"]))
+        return (
+            *(value.detach() for value in results),
+            g_hidden,
+            0 * given["head"],
+            given["main_grad"] + g_head,
+        )
+
+    names = ("log-probs", "entropies", "gradient of hidden", "gradient of head for autograd", "main gradient")
+    return Question(
+        label=label, tensors=tensors, call=call, oracle=oracle, dtype=dtype, names=names,
+        written=("main_grad",), own_rounding=dtype == torch.float64, seed=46,
+        magnitudes={**dict.fromkeys(names[:2], largest), "main gradient": len(inputs["labels"]) ** 0.5},
+    )  # fmt: skip
 
 
 def _picked(results: Any, chosen: Sequence[int]) -> tuple[Tensor, ...]:
@@ -239,8 +283,9 @@ FAMILIES = {
     ),
     "linear.packed": Family(axes={}, shapes=PACKED, quick=LINEAR_QUICK, questions=packed_questions),
     "loss.logprob": Family(
-        axes=LOGPROB_AXES, shapes=LOGPROB_SHAPES, quick=("usual", "isolation"), questions=logprob_questions,
-        ends=LOGPROB_ENDS,
+        axes=LOGPROB_AXES, shapes=LOGPROB_SHAPES, quick=("usual", "isolation", "main gradient"),
+        questions=logprob_questions, ends=LOGPROB_ENDS, trained=("main gradient",),
+        since={"main gradient": 1},
     ),
     "optim.adamw": Family(
         axes={}, shapes={name: {} for name in TENSORS}, quick=("usual",), questions=adamw_questions,

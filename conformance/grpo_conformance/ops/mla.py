@@ -92,7 +92,7 @@ def _question(
     size_of_terms = 0.25 * int(facts["v_head_dim"]) * scale if max(lengths) == 1 else 0.0
 
     def call(implementation: Any, given: Tensors) -> Any:
-        w_uk, w_uv = given["weight"].split([nope, given["weight"].shape[1] - nope], 1)
+        w_uk, w_uv = torch.split(given["weight"], [nope, given["weight"].shape[1] - nope], 1)
         return implementation(
             *(given[name] for name in TOKENS), w_uk, w_uv, cu_seqlens=given["cu_seqlens"],
             parents=given.get("parents"), max_seqlen=max(lengths), scale=scale,

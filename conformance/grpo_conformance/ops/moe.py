@@ -195,6 +195,9 @@ def experts_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable
         "down": normal(generator, len(counts), C, F, dtype=DTYPES[dtype], scale=F**-0.5),
         "counts": torch.tensor(counts),
     }
+    if shape == "main gradients":
+        yield _main_gradients(shape, tensors, owners, DTYPES[dtype])
+        return
     yield Question(
         label=shape,
         tensors=tensors,
@@ -206,6 +209,44 @@ def experts_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable
         seed=37,
         **_sick_token(shape, "rows", len(owners), {"rows out": torch.arange(len(owners)) != 3}),
     )
+
+
+def _main_gradients(label: str, inputs: Tensors, owners: Tensor, dtype: torch.dtype) -> Question:
+    """Gradients of both weights added to float32 tensors; experts without rows leave theirs alone."""
+    leaves = ("rows", "gate_up", "down")
+    tensors = dict(inputs)
+    for place, name in enumerate(leaves[1:]):
+        tensors[f"main {name}"] = normal(seeded(48 + place), *inputs[name].shape)
+    tensors["g_y"] = normal(seeded(50), *inputs["rows"].shape, dtype=dtype)
+
+    def call(implementation: Any, given: Tensors) -> Any:
+        rows, gate_up, down = (given[name].detach().requires_grad_() for name in leaves)
+        with torch.enable_grad():
+            y = implementation(
+                rows, gate_up, down, given["counts"], main_grad_gate_up_XGC=given["main gate_up"],
+                main_grad_down_XCF=given["main down"],
+            )  # fmt: skip
+            y.backward(given["g_y"])
+        rest = (torch.zeros_like(x) if x.grad is None else x.grad for x in (gate_up, down))
+        return y, rows.grad, *rest
+
+    def oracle(given: Tensors) -> Any:
+        wide = [given[name].detach().requires_grad_() for name in leaves]
+        with torch.enable_grad():
+            y = moe_oracles.experts(wide[0], owners, *wide[1:])
+        g_rows, g_gate_up, g_down = torch.autograd.grad(y, wide, given["g_y"])
+        nothing = (0 * given[name] for name in leaves[1:])
+        mains = (given["main gate_up"] + g_gate_up, given["main down"] + g_down)
+        return y.detach(), g_rows, *nothing, *mains
+
+    mains = ("main gradient of gate_up", "main gradient of down")
+    return Question(
+        label=label, tensors=tensors, call=call, oracle=oracle, dtype=dtype, seed=37,
+        own_rounding=dtype == torch.float64, magnitudes=dict.fromkeys(mains, float(len(owners)) ** 0.5),
+        names=("rows out", "gradient of rows", *(f"gradient of {name} for autograd" for name in leaves[1:]),
+               *mains),
+        written=("main gate_up", "main down"),
+    )  # fmt: skip
 
 
 def layer_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Question]:
@@ -275,8 +316,9 @@ FAMILIES = {
         ends=EXPERT_ENDS,
     ),
     "moe.experts": Family(
-        axes=SIZED_AXES, shapes={**{name: {} for name in COUNTS}, "isolation": {}}, quick=QUICK,
-        questions=experts_questions, ends=SIZE_ENDS,
+        axes=SIZED_AXES, shapes={**{name: {} for name in COUNTS}, "isolation": {}, "main gradients": {}},
+        quick=(*QUICK, "main gradients"), questions=experts_questions, ends=SIZE_ENDS,
+        trained=("main gradients",), since={"main gradients": 1},
     ),
     "moe.combine": Family(
         axes=SIZED_AXES, shapes={name: {} for name in IDS if name != "isolation"}, quick=QUICK,

@@ -131,7 +131,7 @@ def swiglu_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[
     yield question
 
 
-QUICK = ("three dimensions", "above 2^16 elements", "isolation")
+QUICK = ("three dimensions", "above 2^16 elements", "isolation", "large values")
 
 
 def _one_sick_row(question: Question, inputs: Sequence[str], results: Sequence[str]) -> Question:

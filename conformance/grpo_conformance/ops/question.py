@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
 }
 Tensors = Mapping[str, Tensor]
+APART = 1000
+"""Between the seeds of one draw and those of the next: more than any case has."""
+_DRAW = ContextVar("draw", default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +74,24 @@ def normal(
     return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
+@contextmanager
+def drawn(number: int) -> Iterator[None]:
+    """Other values for all that is made meanwhile: 0 is what a run of the suite asks."""
+    token = _DRAW.set(number)
+    try:
+        yield
+    finally:
+        _DRAW.reset(token)
+
+
+def of_draw(seed: int) -> int:
+    """A case's seed in the present draw."""
+    return seed + APART * _DRAW.get()
+
+
 def seeded(seed: int) -> torch.Generator:
     """A generator on the host."""
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(of_draw(seed))
 
 
 def cumulative(lengths: Sequence[int]) -> Tensor:

@@ -20,6 +20,7 @@ one order of sums to the next, and is allowed `LARGEST` times as much.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,14 @@ def gaps(
     ]
 
 
+def place(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Indices of an element by its number. torch.unravel_index imports its compiler, for seconds."""
+    found: list[int] = []
+    for size in reversed(shape):
+        flat, index = divmod(flat, size)
+        found.append(index)
+    return tuple(reversed(found))
+
+
 def _place(errors: Tensor) -> tuple[int, ...]:
-    flat = int(errors.argmax())
-    return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), errors.shape))
+    return place(int(errors.argmax()), errors.shape)

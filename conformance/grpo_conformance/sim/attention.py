@@ -13,10 +13,10 @@ from torch import Tensor
 
 from grpo_core.ops.attention import CacheSpec, LayerCache
 from grpo_core.ops.reference.attention import attend, bounds, visible
+from grpo_core.ops.reference.pages import PageTable
 from grpo_core.ops.reference.slots import SlotCache
 
 from .offers import PAGE
-from .pages import PageTable
 
 
 class PagedLayer:
@@ -53,7 +53,7 @@ class PagedCache(SlotCache[PageTable, PagedLayer]):
     """See `grpo_core.ops.attention.KVCache`. A prefix's full pages are shared, the rest is copied."""
 
     def __init__(self, spec: CacheSpec) -> None:
-        table = PageTable(spec.max_slots, spec.max_tokens, spec.device)
+        table = PageTable(spec.max_slots, spec.max_tokens, spec.device, PAGE)
         layers = [PagedLayer(table) for _ in range(spec.num_layers)]
         rows = (table.num_pages, PAGE, spec.num_key_value_heads)
         super().__init__(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 
 from grpo_core.errors import PluginError
 
@@ -33,7 +34,7 @@ def _load() -> Any:
         )
     library = build(Path.home() / CACHE)
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise PluginError(
             "the simulated device cannot be loaded",
@@ -73,7 +74,8 @@ def on_stream(stream: torch.Stream | None) -> Iterator[None]:
 
 
 def _module() -> ModuleType:
-    module: Any = ModuleType(f"torch.{NAME}")
+    made = ModuleType(f"torch.{NAME}")
+    module: Any = made
     module.is_available = module.is_initialized = lambda: True
     module._is_in_bad_fork = lambda: False
     module.device_count = ops.device_count
@@ -86,7 +88,7 @@ def _module() -> ModuleType:
     _add_memory(module)
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     module.is_bf16_supported = lambda: True
-    return module
+    return made
 
 
 def _add_streams(module: Any) -> None:
@@ -129,6 +131,6 @@ def _add_memory(module: Any) -> None:
 
 
 ops = _load()
-torch.utils.rename_privateuse1_backend(NAME)
-torch._register_device_module(NAME, _module())
-torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+backend_registration.rename_privateuse1_backend(NAME)
+torch._register_device_module(NAME, _module())  # type: ignore[no-untyped-call]
+backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)

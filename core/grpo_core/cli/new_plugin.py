@@ -1,29 +1,20 @@
-"""`grpo new-plugin model NAME [--out DIR]`: write a package that installs, is found, and passes its tests."""
+"""`grpo new-plugin KIND NAME [--out DIR]`: write a package that installs, is found, and passes its tests."""
 
 from __future__ import annotations
 
 import argparse
-import keyword
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from string import Template
 from types import MappingProxyType
 
-from ..catalogue import Catalogue
 from ..errors import ConfigError
 from ..plugins import load
-
-NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
-ARCHITECTURE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MAX_NAME = 24
-"""With more, lines of the package would be too long for its own linter."""
-OWN = ("core", "conformance")
-"""grpo_<name> is a package of this distribution; those of bundled plugins are found as plugins."""
+from .plugin_names import check_device, check_family, check_plugin, fields_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,25 +22,47 @@ class Kind:
     """One kind of plugin that can be written."""
 
     help: str
+    what: str
+    """The package in a few words."""
     files: Mapping[str, str]
-    """Path in the new package -> its template in `grpo_core/templates/<kind>`; both hold `$fields`."""
+    """Path in the new package -> its template in `grpo_core/templates`; all three hold `$fields`."""
 
 
+COMMON: Mapping[str, str] = MappingProxyType(
+    {
+        "pyproject.toml": "common/pyproject.toml.tmpl",
+        ".gitignore": "common/gitignore.tmpl",
+        "$package/__init__.py": "common/init.py.tmpl",
+    }
+)
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "model": Kind(
             help="a model family",
+            what="The $name model family",
             files={
-                "pyproject.toml": "pyproject.toml.tmpl",
-                "README.md": "README.md.tmpl",
-                ".gitignore": "gitignore.tmpl",
-                ".github/workflows/ci.yml": "ci.yml.tmpl",
-                "$package/__init__.py": "init.py.tmpl",
-                "$package/plugin.py": "plugin.py.tmpl",
-                "$package/$module.py": "family.py.tmpl",
-                "tests/test_$module.py": "test_family.py.tmpl",
+                **COMMON,
+                "README.md": "model/README.md.tmpl",
+                ".github/workflows/ci.yml": "model/ci.yml.tmpl",
+                "$package/plugin.py": "model/plugin.py.tmpl",
+                "$package/$module.py": "model/family.py.tmpl",
+                "tests/test_$module.py": "model/test_family.py.tmpl",
             },
-        )
+        ),
+        "device": Kind(
+            help="a chip",
+            what="The device $name",
+            files={
+                **COMMON,
+                "README.md": "device/README.md.tmpl",
+                "known-failures.toml": "device/known-failures.toml.tmpl",
+                ".github/workflows/ci.yml": "device/ci.yml.tmpl",
+                "$package/plugin.py": "device/plugin.py.tmpl",
+                "$package/device.py": "device/device.py.tmpl",
+                "$package/attention.py": "device/attention.py.tmpl",
+                "tests/test_conformance.py": "device/test_conformance.py.tmpl",
+            },
+        ),
     }
 )
 
@@ -68,41 +81,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the package; returns 0. Raises `ConfigError` for a name or folder that cannot be used."""
+    if args.architecture and args.kind != "model":
+        raise ConfigError(
+            f"--architecture says nothing of a {args.kind}",
+            why="it names the class of a model in its config.json",
+            fix="leave it out",
+        )
     fields = fields_of(args.name, args.architecture)
-    _check_free(fields, load())
+    catalogue = load()
+    check_plugin(fields, catalogue)
+    if args.kind == "model":
+        check_family(fields, catalogue)
+    else:
+        check_device(args.name, catalogue)
     folder = args.out if args.out is not None else Path(fields["distribution"])
     paths = write_package(args.kind, folder, fields)
     print(f"wrote {folder}:")
     print("\n".join(f"  {path}" for path in paths))
     print(f"\nnext:\n  cd {folder}\n  pip install -e '.[test]'\n  pytest\n  grpo plugins")
     return 0
-
-
-def fields_of(name: str, architecture: str | None = None) -> dict[str, str]:
-    """What the templates are filled with. Raises `ConfigError` for a name that cannot be used."""
-    _check_name(name)
-    words = re.split("[-_]", name)
-    cls = "".join(word[0].upper() + word[1:] for word in words)
-    module = "_".join(words)
-    # A module that is called like a keyword or like its neighbour plugin.py could not be imported.
-    module += "_family" if keyword.iskeyword(module) or module == "plugin" else ""
-    architecture = architecture or f"{cls}ForCausalLM"
-    if not ARCHITECTURE.fullmatch(architecture):
-        raise ConfigError(
-            f"{architecture!r} cannot be an architecture",
-            why="config.json names a class there, such as LlamaForCausalLM",
-            fix="copy the entry of `architectures` in the model's config.json",
-        )
-    return {
-        "name": name,
-        "plugin": name,
-        "module": module,
-        "cls": f"{cls}Family" if keyword.iskeyword(cls) else cls,
-        "architecture": architecture,
-        "package": f"grpo_{'_'.join(words)}",
-        "distribution": f"grpo-{'-'.join(words)}",
-        "core_version": metadata.version("grpo-core"),
-    }
 
 
 def write_package(kind: str, folder: Path, fields: Mapping[str, str]) -> list[str]:
@@ -116,7 +113,8 @@ def write_package(kind: str, folder: Path, fields: Mapping[str, str]) -> list[st
             why="a new package is written into a folder of its own, and nothing is overwritten",
             fix="remove it, or name another folder with --out",
         )
-    templates = resources.files("grpo_core") / "templates" / kind
+    templates = resources.files("grpo_core") / "templates"
+    fields = {**fields, "what": Template(KINDS[kind].what).substitute(fields)}
     part = folder.with_name(f".{folder.name}.part{os.getpid()}")
     paths = []
     try:
@@ -136,39 +134,3 @@ def write_package(kind: str, folder: Path, fields: Mapping[str, str]) -> list[st
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return paths
-
-
-def _check_name(name: str) -> None:
-    if not NAME.fullmatch(name) or len(name) > MAX_NAME:
-        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:MAX_NAME].strip("-")
-        raise ConfigError(
-            f"{name!r} cannot be a plugin's name",
-            why=f"a name has lower-case letters, digits and single hyphens or underscores, starts with a "
-            f"letter and has at most {MAX_NAME} characters; packages and modules are called after it",
-            fix=f"take {near!r}" if near else "take a name such as my-llm",
-        )
-    if name in OWN:
-        raise ConfigError(
-            f"{name!r} cannot be a plugin's name",
-            why=f"the package grpo_{name} belongs to grpo-core itself",
-            fix="take another name",
-        )
-
-
-def _check_free(fields: Mapping[str, str], catalogue: Catalogue) -> None:
-    """Two plugins of one name, or two for one architecture, would leave the new one unused."""
-    for plugin in catalogue.plugins:
-        if plugin.id == fields["plugin"]:
-            raise ConfigError(
-                f"a plugin {plugin.id!r} is installed already",
-                why=f"it comes from {plugin.distribution} {plugin.version}, and names are unique",
-                fix=f"take another name, or uninstall {plugin.distribution}",
-            )
-    for family in catalogue.models.values():
-        if fields["architecture"] in family.architectures or family.name == fields["name"]:
-            owner = catalogue.owners[f"model:{family.name}"]
-            raise ConfigError(
-                f"{fields['architecture']} is served already",
-                why=f"by family {family.name!r} of plugin {owner!r}; of two the first is used",
-                fix="take another name, or give the one of your config.json with --architecture",
-            )

@@ -128,8 +128,8 @@ def test_a_pin_that_cannot_serve_lists_the_alternatives(
 
 
 def test_an_absent_device_lists_what_was_found(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    what, why, _ = fails(capsys, recipe, "device=acme")
-    assert what == "error: there is no device 'acme'" and "cpu" in why
+    what, why, _ = fails(capsys, recipe, "device=warp9")
+    assert what == "error: there is no device 'warp9'" and "cpu" in why
 
 
 def test_a_plugin_that_is_off_is_gone(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,14 @@ def test_a_device_goes_by_its_name_or_its_torch_type() -> None:
     assert picked("acme", acme) == picked("privateuse", acme) == "acme"
 
 
+def test_a_stand_in_of_type_cpu_does_not_take_the_place_of_the_cpu() -> None:
+    stand_in = Fake(name="acme", type="cpu", count=1, memory=1 << 50)
+    assert picked("acme", stand_in) == "acme"
+    assert picked("cpu", stand_in) == picked("auto", stand_in) == "cpu"
+    listed = MappingProxyType({"acme": stand_in, "cpu": Cpu()})
+    assert pick_device("cpu", replace(catalogue_of({}), devices=listed))[0].name == "cpu"  # type: ignore[arg-type]
+
+
 def test_an_absent_device_is_three_lines_with_what_was_found() -> None:
     with pytest.raises(PluginError) as raised:
         pick_device("acme", catalogue(Fake(name="acme", type="x"), Fake(name="b", type="b", count=1)))

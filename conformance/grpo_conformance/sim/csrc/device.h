@@ -42,6 +42,9 @@ enum Quirk : uint32_t {
   kAcceptHost = 1u << 5,    // operands on the host are read in silence
   kLostCopy = 1u << 6,      // late copies never land
   kEarlyCopies = 1u << 7,   // no copy is late
+  kEarlyEvents = 1u << 8,   // events are over before the work in front of them
+  kDeafStreams = 1u << 9,   // a stream does not wait for an event
+  kPlainRefusal = 1u << 10, // running out is an ordinary RuntimeError
 };
 bool quirk(Quirk which);
 void set_quirk(const std::string& name, bool on);

@@ -13,6 +13,7 @@ namespace sim {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kPoisoned = size_t{1} << 30;  // of a block, so that the host need not have what nobody touches
 constexpr int64_t kDefaultCapacity = int64_t{4} << 30;
 
 struct Account {
@@ -36,6 +37,7 @@ std::atomic<uint32_t> quirks{0};
 const std::unordered_map<std::string, Quirk> kQuirks = {
     {"leak", kLeak},           {"low_peak", kLowPeak}, {"stuck_peak", kStuckPeak},   {"no_capacity", kNoCapacity},
     {"keep_rng", kKeepRng},    {"lost_copy", kLostCopy}, {"accept_host", kAcceptHost}, {"early_copies", kEarlyCopies},
+    {"early_events", kEarlyEvents}, {"deaf_streams", kDeafStreams}, {"plain_refusal", kPlainRefusal},
 };
 
 void* aligned(size_t bytes) {
@@ -69,7 +71,7 @@ class DeviceMemory final : public c10::DeviceAllocator {
     auto* head = reinterpret_cast<Header*>(block);
     head->bytes = static_cast<int64_t>(bytes);
     head->device = selected;
-    std::memset(block + kAlignment, kPoison, bytes);
+    std::memset(block + kAlignment, kPoison, std::min(bytes, kPoisoned));
     return {block + kAlignment, block + kAlignment, &release, device};
   }
 
@@ -109,6 +111,7 @@ class DeviceMemory final : public c10::DeviceAllocator {
     auto& account = accounts[device.index()];
     if (account.allocated + bytes > account.capacity && !quirk(kNoCapacity)) {
       account.refusals++;
+      TORCH_CHECK(!quirk(kPlainRefusal), "sim: allocation of ", bytes, " bytes failed");
       TORCH_CHECK_WITH(OutOfMemoryError, false, "sim out of memory: ", bytes, " bytes asked for on ", device, ", ",
                        account.allocated, " of ", account.capacity, " in use");
     }

@@ -103,13 +103,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   // The host does not wait: a later synchronisation of `stream` finishes what came before the event too.
   void block(void* event, const c10::Stream& stream) const override {
-    if (!event) return;
+    if (!event || quirk(kDeafStreams)) return;
     auto chosen = before(*static_cast<Event*>(event));
     if (waits_for(chosen)) later(stream, [chosen] { finish(chosen); });
   }
-  bool queryEvent(void* event) const override { return !event || !waits_for(before(*static_cast<Event*>(event))); }
+  bool queryEvent(void* event) const override {
+    return !event || quirk(kEarlyEvents) || !waits_for(before(*static_cast<Event*>(event)));
+  }
   void synchronizeEvent(void* event) const override {
-    if (event) finish(before(*static_cast<Event*>(event)));
+    if (event && !quirk(kEarlyEvents)) finish(before(*static_cast<Event*>(event)));
   }
   void destroyEvent(void* event, c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   double elapsedTime(void* first, void* second, c10::DeviceIndex) const override {

@@ -1,0 +1,1 @@
+"""Whole plugins that are wrong in themselves, installed by an entry point like any other."""

@@ -1,0 +1,3 @@
+"""Fails before it has a hook."""
+
+raise OSError("libvendor.so.3: cannot open shared object file")

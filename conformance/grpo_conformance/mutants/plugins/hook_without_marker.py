@@ -1,0 +1,19 @@
+"""One of its hooks is never called, for want of the marker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from grpo_core.hookspecs import hookimpl
+from grpo_core.impl import Impl
+
+from ._offer import rms_norm
+
+
+@hookimpl
+def grpo_fused_ops() -> Iterable[Impl]:
+    return (rms_norm(),)
+
+
+def grpo_attention() -> Iterable[Impl]:
+    return ()

@@ -1,0 +1,20 @@
+"""Asks its vendor's library in a hook, and has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from grpo_core.hookspecs import hookimpl
+from grpo_core.impl import Impl
+
+from ._offer import rms_norm
+
+
+@hookimpl
+def grpo_fused_ops() -> Iterable[Impl]:
+    return (rms_norm(),)
+
+
+@hookimpl
+def grpo_attention() -> Iterable[Impl]:
+    raise RuntimeError("no driver")
