@@ -4,8 +4,8 @@ Two right runs do not stay together for ever: roundings grow from step to step (
 numbers), until a token is drawn from the other side of a boundary or goes to other experts, and from there
 on both are runs of their own. How fast that goes is measured: `twins` are runs of the references from weights
 that are changed by one rounding each. The device must stay within a multiple of the twins' distance up to
-where runs part, no more than half of the prompts may part there, and after that its reward must rise as
-theirs.
+where runs part; no more than half of the prompts may part there, unless the distance explains it; and after
+that its reward must rise as theirs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..case import Outcome, Target, failed, passed
 from .bands import ROUNDING
 from .models import jolt
 from .runs import Lab, Record, open_lab, path_of, run, scratch, undeclared
+from .task import GROUP, PROMPTS, TOKENS
 
 if TYPE_CHECKING:
     from grpo_core.types import Scored
@@ -111,7 +112,7 @@ def follow(got: Record, wanted: Record, band: Course, *, dtype: str) -> Outcome:
             worst = {"step": step + 1, "of": name}
         pairs = zip(got.paths(step), wanted.paths(step), strict=True)
         apart = len({y[0] for x, y in pairs if x != y})
-        if not share <= 1 or apart > APART * len({item[0] for item in wanted.paths(step)}):
+        if not share <= 1 or (apart > APART * PROMPTS and not explained(allowed)):
             break
         if apart:
             parted = step + 1
@@ -133,6 +134,12 @@ def follow(got: Record, wanted: Record, band: Course, *, dtype: str) -> Outcome:
     if parted and rise(got) < RISE * rise(wanted):
         return failed(f"the reward rises by {rise(got):.2f}, on the CPU by {rise(wanted):.2f}", **found)
     return passed(**found)
+
+
+def explained(allowed: float) -> bool:
+    """Whether completions of every prompt may part where log-probs may be off by so much: a draw falls on the
+    other side of a boundary that has moved by `allowed` with that probability, at most."""
+    return GROUP * TOKENS * allowed >= 1
 
 
 def rise(record: Record) -> float:
