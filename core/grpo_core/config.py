@@ -90,7 +90,7 @@ class RolloutConfig(Section):
     """Token ids that end a completion, besides the model's own."""
     min_tokens: int = Field(0, ge=0)
     """End tokens are not drawn before this many tokens."""
-    max_sequences: int = Field(256, ge=1)
+    max_sequences: int = Field(512, ge=1)
     """Completions decoded at once, at most."""
     sleep: bool = True
     """Free the engine's weights and cache while the policy trains; the next weights wake it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,10 +56,10 @@ class _OnlyFirst(TorchDevice):
 
 class _Restless(TorchDevice):
     def probe(self) -> Probe:
-        """Counts what is free at the moment."""
+        """Its figures are of the moment."""
         found = super().probe()
-        free = 1000 + id(found) % 977
-        return dataclasses.replace(found, info=dataclasses.replace(found.info, memory_bytes=free))
+        now = time.monotonic_ns()
+        return dataclasses.replace(found, info=dataclasses.replace(found.info, memory_bytes=now))
 
 
 def seed_ignored(healthy: TorchDevice) -> Any:
