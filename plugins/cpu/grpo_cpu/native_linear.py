@@ -15,7 +15,7 @@ from grpo_core.ops.reference.fused import check_same
 from .native import load
 from .native_ops import tracked
 from .native_products import products_of
-from .remake import Maker, maker_of
+from .remake import Kept, Maker, maker_of
 
 _ops = load()
 
@@ -34,9 +34,9 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
-        main_grad_NK: Tensor | None, maker: Maker | None,
+        main_grad_NK: Tensor | None, maker: Maker | Kept | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(weight_NK, x_TK if maker is None else None)
+        ctx.save_for_backward(weight_NK, None if isinstance(maker, Maker) else x_TK)
         ctx.main_grad_NK, ctx.maker = main_grad_NK, maker
         return products_of(x_TK).linear(x_TK, weight_NK, bias_N)
 

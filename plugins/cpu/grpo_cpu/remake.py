@@ -1,8 +1,9 @@
 """Results that are not kept for the backward pass, because their maker can make them again at little cost.
 
 A norm or a SwiGLU keeps its own inputs anyway, so the linear layer behind it need not keep their result: it
-asks the node of autograd's graph that made it. Little results are kept all the same. Nodes come in the order
-of the graph: that of the linear layer, which asks, always before the one asked, which frees what it kept.
+asks the node of autograd's graph that made it. The first few are kept all the same (`ROOM`). Nodes come in
+the order of the graph: that of the linear layer, which asks, always before the one asked, which frees what it
+kept.
 """
 
 from __future__ import annotations
@@ -13,8 +14,24 @@ from typing import Any
 
 from torch import Tensor
 
-LITTLE = 4 << 20
-"""Bytes of a result that is kept: a small model's step feels the work and not the memory."""
+ROOM = 24 << 20
+"""Bytes of results that are kept at a time: a small model's step feels the work and not the memory."""
+_kept_bytes = 0
+
+
+class Kept:
+    """The share of `ROOM` that a result takes, until the node that holds this is gone."""
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self, nbytes: int) -> None:
+        global _kept_bytes
+        self.nbytes = nbytes
+        _kept_bytes += nbytes
+
+    def __del__(self) -> None:
+        global _kept_bytes
+        _kept_bytes -= self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +46,13 @@ class Maker:
         return self.make(self.node)
 
 
-def maker_of(x: Tensor) -> Maker | None:
-    """The maker of a tensor, or None where the tensor must be kept."""
+def maker_of(x: Tensor) -> Maker | Kept | None:
+    """The maker of a tensor; `Kept` or None where the tensor must be kept."""
     make = getattr(x.grad_fn, "make_again", None)
-    if make is None or x.output_nr != 0 or x.nbytes <= LITTLE:
+    if make is None or x.output_nr != 0:
         return None
+    if _kept_bytes + x.nbytes <= ROOM:
+        return Kept(x.nbytes)
     return Maker(x.grad_fn, make)
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo_core.ops.reference.fused import linear_dense
 from grpo_cpu import dense as torch_dense
+from grpo_cpu import remake
 from grpo_cpu.native import compiler, cpu_flags
 
 SHAPES = [(1, 1, 2), (7, 16, 48), (33, 50, 34), (64, 100, 130), (130, 17, 96), (5, 31, 47), (0, 4, 6)]
@@ -128,7 +129,7 @@ def test_inputs_that_are_made_again_give_the_gradients_of_kept_ones(
     recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = native()
-    monkeypatch.setattr("grpo_cpu.remake.LITTLE", 0)
+    monkeypatch.setattr("grpo_cpu.remake.ROOM", 0)
     make = torch.Generator().manual_seed(3)
     sizes = ((40, 64), (64,), (96, 64), (64, 48))
     x, *weights = (torch.randn(size, generator=make).bfloat16().requires_grad_() for size in sizes)
@@ -150,12 +151,11 @@ def test_inputs_that_are_made_again_give_the_gradients_of_kept_ones(
         assert made.count_nonzero() > 0 and torch.equal(made, kept)
 
 
-@pytest.mark.parametrize("little", [0, 4 << 20])
-def test_a_norm_and_a_swiglu_before_a_linear_keep_no_result_unless_it_is_little(
-    little: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("room", "stay"), [(0, 0), (8 * 32 * 2, 1), (1 << 20, 2)])
+def test_a_norm_and_a_swiglu_before_a_linear_keep_results_while_there_is_room(
+    room: int, stay: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = native()
-    monkeypatch.setattr("grpo_cpu.remake.LITTLE", little)
     held: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -164,15 +164,19 @@ def test_a_norm_and_a_swiglu_before_a_linear_keep_no_result_unless_it_is_little(
 
     from grpo_cpu import native_ops
 
+    before = remake._kept_bytes
+    monkeypatch.setattr("grpo_cpu.remake.ROOM", before + room)
     x = torch.ones(8, 32, dtype=torch.bfloat16, requires_grad=True)
     w = torch.ones(32, 32, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         h = native_ops.rms_norm(x, w[0], eps=1e-6, residual=None, zero_centered=False)
         y = module.dense(h, w, None, main_grad_NK=torch.zeros(32, 32))
         z = native_ops.swiglu(y)
-        module.dense(z, w[:, :16].contiguous(), None, main_grad_NK=torch.zeros(32, 16))
-    results = {h.untyped_storage().data_ptr(), z.untyped_storage().data_ptr()}
-    assert results & set(held) == (results if little else set())
+        out = module.dense(z, w[:, :16].contiguous(), None, main_grad_NK=torch.zeros(32, 16))
+    results = [h.untyped_storage().data_ptr(), z.untyped_storage().data_ptr()]
+    assert [at for at in results if at in held] == results[:stay]
+    del out, y, z
+    assert remake._kept_bytes == before
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, BF16), (torch.float32, 2.0**-24)])
