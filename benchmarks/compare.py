@@ -149,6 +149,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--passive", action="store_true", help="waiting threads sleep (for shared cores)")
     for size in ("prompts", "group", "completion"):
         parser.add_argument(f"--{size}", type=int, help="instead of the workload's own")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="instead of the workload's own")
+    parser.add_argument("--threads", type=int, help="instead of the workload's own")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     return parser.parse_args()
 
@@ -159,8 +161,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         model, data = prepare(args.workload, Path(folder))
         job = job_of(WORKLOADS[args.workload], model, data, steps=args.steps, warmup=args.warmup)
-        given = {size: getattr(args, size) for size in ("prompts", "group", "completion")}
-        job = replace(job, **{size: value for size, value in given.items() if value})
+        given = {name: getattr(args, name) for name in ("prompts", "group", "completion", "dtype", "threads")}
+        job = replace(job, **{name: value for name, value in given.items() if value})
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} if args.passive else {}
         records = run_rounds(contenders(args, job), args.rounds, environment)
         check_same_work(records)

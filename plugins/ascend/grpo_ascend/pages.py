@@ -121,11 +121,10 @@ class PagedCache(SlotCache[Pages, PagedLayer]):
     def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
         """See `KVCache.fork`. Raises ValueError for a slot that is not alive or holds less than `prefix`."""
         child = super().fork(slot, prefix=prefix, length=length)
-        page, begun = divmod(prefix, PAGE)
-        if child is not None and begun:
-            source, target = self.table.page(slot, page), self.table.page(child, page)
+        begun = None if child is None else self.table.begun(slot, child, prefix)
+        if begun is not None:
             for layer in self.layers:
-                layer.copy(source, target, begun)
+                layer.copy(*begun)
         return child
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -90,32 +90,27 @@ def dtype_that_is_not_there(healthy: TorchDevice) -> Any:
     return _as(TorchDevice, healthy, dtypes=healthy.dtypes | {"float64"})
 
 
-def page_lost_in_sleep(healthy: type) -> type:
-    """The second page of every storage wakes empty."""
+def wakes_without(lost: slice | Callable[[Tensor], slice]) -> Callable[[type], type]:
+    """An allocator or engine whose storages wake with some of their bytes zero."""
 
-    class Lossy(healthy):  # type: ignore[misc]
-        def wake(self, *tags: str) -> None:
-            asleep = [tag for tag in tags if tag in self.tags.asleep]
-            super().wake(*tags)
-            for tag in asleep:
-                for row in self.tags.held[tag]:
-                    row.bytes_view()[PAGE_BYTES : 2 * PAGE_BYTES].zero_()
+    def faulty(healthy: type) -> type:
+        class Lossy(healthy):  # type: ignore[misc]
+            def wake(self, *tags: str) -> None:
+                asleep = [tag for tag in tags if tag in self.tags.asleep]
+                super().wake(*tags)
+                for tag in asleep:
+                    for row in self.tags.held[tag]:
+                        row.bytes_view()[lost if isinstance(lost, slice) else lost(row.bytes_view())].zero_()
 
-    return Lossy
+        return Lossy
+
+    return faulty
 
 
-def last_element_lost(healthy: type) -> type:
-    """Sizes are rounded down to eight bytes on the way to the host."""
-
-    class Short(healthy):  # type: ignore[misc]
-        def wake(self, *tags: str) -> None:
-            asleep = [tag for tag in tags if tag in self.tags.asleep]
-            super().wake(*tags)
-            for tag in asleep:
-                for row in self.tags.held[tag]:
-                    row.bytes_view()[row.nbytes // 8 * 8 :].zero_()
-
-    return Short
+page_lost_in_sleep = wakes_without(slice(PAGE_BYTES, 2 * PAGE_BYTES))
+"""The second page of every storage wakes empty."""
+last_element_lost = wakes_without(lambda held: slice(held.numel() // 8 * 8, None))
+"""Sizes are rounded down to eight bytes on the way to the host."""
 
 
 def sleep_frees_nothing(healthy: type) -> type:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import wakes_without
+
 STALE = "norm.weight"
 """Ending of the name of the tensor that never arrives."""
 
@@ -153,16 +155,7 @@ def master_weights_not_restored(healthy: type) -> type:
     return Rounded
 
 
-def first_bytes_lost_in_sleep(healthy: type) -> type:
-    class Lossy(healthy):  # type: ignore[misc]
-        def wake(self, *tags: str) -> None:
-            asleep = [tag for tag in tags if tag in self.tags.asleep]
-            super().wake(*tags)
-            for tag in asleep:
-                for row in self.tags.held[tag]:
-                    row.bytes_view()[:64].zero_()
-
-    return Lossy
+first_bytes_lost_in_sleep = wakes_without(slice(0, 64))
 
 
 def angles_of_another_base(

@@ -48,6 +48,12 @@ class PageTable(SlotTree[Slot]):
         """The pool's page that is number `number` of a slot."""
         return self._slots[slot].units[number]
 
+    def begun(self, slot: int, child: int, prefix: int) -> tuple[int, int, int] | None:
+        """The page of `slot` that a prefix ends in the middle of, the child's own in its place, and how many
+        tokens to copy from one to the other; None where the prefix fills its pages."""
+        number, tokens = divmod(prefix, self.page_size)
+        return (self.page(slot, number), self.page(child, number), tokens) if tokens else None
+
     def rows(self, slots_T: Tensor, positions_T: Tensor) -> Tensor:
         """Rows int64 [T] of [pages * page size]. Raises IndexError for a position outside of its slot."""
         size = self.page_size
