@@ -25,6 +25,7 @@ void norm_row(const Norm<T>& a, int64_t row) {
     const T* r = a.residual + row * a.width;
     T* total = a.total + row * a.width;
     each16(0, a.width, [&](int64_t i, auto m) {
+      fetch(x + i), fetch(r + i);
       const __m512 sum = round_to<T>(_mm512_add_ps(load(x + i, m), load(r + i, m)));
       store(total + i, sum, m);
       square = _mm512_fmadd_ps(sum, sum, square);
@@ -32,6 +33,7 @@ void norm_row(const Norm<T>& a, int64_t row) {
     source = total;
   } else {
     each16(0, a.width, [&](int64_t i, auto m) {
+      fetch(x + i);
       const __m512 v = load(x + i, m);
       square = _mm512_fmadd_ps(v, v, square);
     });
@@ -52,6 +54,8 @@ void norm_row_backward(const NormGrad<T>& a, int64_t row, float* dw) {
   const __m512 inverse = _mm512_set1_ps(a.inverse[row]);
   __m512 dot = _mm512_setzero_ps();
   each16(0, a.width, [&](int64_t i, auto m) {
+    fetch(dy + i), fetch(x + i);
+    if (a.dtotal) fetch(a.dtotal + row * a.width + i);
     const __m512 g = load(dy + i, m), n = _mm512_mul_ps(load(x + i, m), inverse);
     store(dw + i, _mm512_fmadd_ps(g, round_to<T>(n), load(dw + i, m)), m);
     dot = _mm512_fmadd_ps(_mm512_mul_ps(g, gain(a.w + i, m, a.zero_centered)), n, dot);

@@ -12,6 +12,7 @@ void swiglu_forward(const T* gate_up, T* y, int64_t rows, int64_t width) {
     for (int64_t row = from; row < to; ++row) {
       const T *gate = gate_up + row * 2 * width, *up = gate + width;
       each16(0, width, [&](int64_t i, auto m) {
+        fetch(gate + i), fetch(up + i);
         const __m512 g = load(gate + i, m);
         store(y + row * width + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid512(g)), load(up + i, m)), m);
       });
@@ -28,6 +29,7 @@ void swiglu_backward(const T* gate_up, const T* dy, T* dgate_up, int64_t rows, i
       const T *gate = gate_up + row * 2 * width, *up = gate + width;
       T *dgate = dgate_up + row * 2 * width, *dup = dgate + width;
       each16(0, width, [&](int64_t i, auto m) {
+        fetch(gate + i), fetch(up + i), fetch(dy + row * width + i);
         const __m512 g = load(gate + i, m), d = load(dy + row * width + i, m), s = sigmoid512(g);
         const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
         store(dup + i, _mm512_mul_ps(d, _mm512_mul_ps(g, s)), m);

@@ -10,6 +10,7 @@ namespace grpo {
 namespace {
 
 constexpr int64_t WIDE = 48;
+constexpr int64_t SOME = 64;  // rows at a time
 constexpr int64_t SMALL = 128 << 10;  // elements of a matrix that fits into a core's cache beside its rows
 
 // Rows 2 p and 2 p + 1 of B side by side, for every p: columns [0, n) of `padded`.
@@ -79,6 +80,13 @@ Ahead ahead_of(const Product& p, int64_t column, int64_t tiles) {
   return a;
 }
 
+// The rows of A that a thread takes after `from`.
+Ahead ahead_of_rows(const Product& p, int64_t from, int64_t tiles) {
+  const int64_t across = (p.k + 31) / 32, rows = std::clamp<int64_t>(p.m - from, 0, SOME);
+  const int64_t end = rows * across;
+  return {(const char*)(p.a + from * p.a_row), 2 * p.a_row, across, 0, end, (end + tiles - 1) / tiles};
+}
+
 template <int MR, int NV>
 void finish_tile(const Product& p, int64_t row, int64_t column, const bf16* panel, Ahead& ahead) {
   __m512 acc[MR][NV];
@@ -125,27 +133,34 @@ void pack(const Product& p, bf16* out) {
 
 // Rows [from, to) times one panel.
 static void run_panel(const Product& p, int64_t from, int64_t to, int64_t column, const bf16* panel,
-                      Ahead ahead) {
+                      Ahead& ahead) {
   const int64_t width = padded(p.n - column);
   const auto run = width > 32 ? finish_rows<8, 3> : width > 16 ? finish_rows<8, 2> : finish_rows<8, 1>;
   run(p, from, to, column, panel, ahead);
 }
 
-// A packed matrix that the cache of one core holds: each thread takes its rows through all of it, and finds
-// them where it left them when it made them.
-static void product_by_rows(const Product& p) {
-  const int64_t panels = (p.n + WIDE - 1) / WIDE, parts = at::get_num_threads();
-  const int64_t size = ((p.m + parts - 1) / parts + 7) / 8 * 8;
-  spread_grid(parts, panels, [&](int64_t part, int64_t i) {
-    const int64_t from = std::min(p.m, part * size), to = std::min(p.m, from + size);
-    run_panel(p, from, to, i * WIDE, p.packed + i * WIDE * p.k, ahead_of(p, (i + 1) * WIDE, (to - from + 7) / 8));
+// A matrix that the cache of one core holds: each thread takes its rows through all of it, and finds them where it
+// left them when it made them. Some rows at a time, whose results are whole lines of C before they leave the cache.
+static void product_by_rows(Product p) {
+  static thread_local Scratch<bf16> scratch;
+  if (!p.packed) {
+    bf16* all = scratch.get((size_t)packed_size(p.n, p.k + p.k % 2));
+    pack(p, all);
+    p.packed = all;
+  }
+  const int64_t blocks = (p.m + SOME - 1) / SOME;
+  spread_grid(blocks, 1, [&](int64_t block, int64_t) {
+    const int64_t from = block * SOME, to = std::min(p.m, from + SOME);
+    Ahead next = ahead_of_rows(p, to, (to - from + 7) / 8 * ((p.n + WIDE - 1) / WIDE));
+    for (int64_t column = 0; column < p.n; column += WIDE)
+      run_panel(p, from, to, column, p.packed + column * p.k, next);
   });
 }
 
 void product(const Product& p) {
   if (p.m == 0 || p.n == 0) return;
   const int64_t panels = (p.n + WIDE - 1) / WIDE, threads = at::get_num_threads();
-  if (p.packed && p.n * p.k <= SMALL && p.m >= 32 * threads) return product_by_rows(p);
+  if (p.n * p.k <= SMALL && p.m >= 32 * threads) return product_by_rows(p);
   // Few columns: the rows are shared out too, at the cost of packing a panel more than once. Panels that only
   // just go round would leave threads idle while the last ones are worked on.
   const int64_t fewest = p.packed ? 64 : 256;
@@ -161,7 +176,8 @@ void product(const Product& p) {
     }
     const int64_t size = ((p.m + parts - 1) / parts + 7) / 8 * 8;
     const int64_t from = std::min(p.m, part * size), to = std::min(p.m, (part + 1) * size);
-    run_panel(p, from, to, column, panel, ahead_of(p, (task + threads) / parts * WIDE, (to - from + 7) / 8));
+    Ahead ahead = ahead_of(p, (task + threads) / parts * WIDE, (to - from + 7) / 8);
+    run_panel(p, from, to, column, panel, ahead);
   });
 }
 

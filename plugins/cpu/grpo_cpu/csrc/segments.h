@@ -37,6 +37,16 @@ static inline std::vector<Family> families_of(const Segments<T>& a) {
   return families;
 }
 
+// Runs work(family, kv_head) for all of them. Of many families a thread takes whole ones: the heads of a token share
+// cache lines and pages.
+template <class Work>
+static void spread_families(const std::vector<Family>& families, int64_t kv_heads, const Work& work) {
+  const int64_t count = (int64_t)families.size(), together = count >= 4 * at::get_num_threads() ? kv_heads : 1;
+  spread(count * kv_heads / together, [&](int64_t task) {
+    for (int64_t i = task * together; i < (task + 1) * together; ++i) work(families[i / kv_heads], i % kv_heads);
+  });
+}
+
 static inline int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 
 // Rows of `x` from token `from` on as blocks [d / UNIT][32][UNIT], as pack_block leaves them.

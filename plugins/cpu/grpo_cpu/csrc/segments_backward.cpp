@@ -227,9 +227,9 @@ void segments_backward(const Segments<T>& a, const T* o, const float* lse, Strid
                        T* dv) {
   const std::vector<Family> families = families_of(a);
   const Grads<T> grads{o, lse, grad, dq, dk, dv};
-  spread((int64_t)families.size() * a.kv_heads, [&](int64_t task) {
+  spread_families(families, a.kv_heads, [&](const Family& family, int64_t kv_head) {
     thread_local Buffers<T> scratch;
-    run_family(a, grads, families[task / a.kv_heads], task % a.kv_heads, scratch);
+    run_family(a, grads, family, kv_head, scratch);
   });
 }
 

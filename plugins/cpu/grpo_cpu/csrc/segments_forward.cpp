@@ -65,9 +65,9 @@ void run_family(const Segments<T>& a, const Family& family, int64_t kv_head, Pac
 template <class T>
 void segments_forward(const Segments<T>& a, T* o, float* lse) {
   const std::vector<Family> families = families_of(a);
-  spread((int64_t)families.size() * a.kv_heads, [&](int64_t task) {
+  spread_families(families, a.kv_heads, [&](const Family& family, int64_t kv_head) {
     thread_local Packed<T> packed;
-    run_family(a, families[task / a.kv_heads], task % a.kv_heads, packed, o, lse);
+    run_family(a, family, kv_head, packed, o, lse);
   });
 }
 
