@@ -136,7 +136,7 @@ def experience(parts: Parts, step: int, clock: Clock) -> list[Scored]:
             parts.rollout.sleep()
             parts.memory.empty_cache()
     with clock.phase("reward"):
-        return with_advantages(parts, score(parts, questions, completions))
+        return score(parts, questions, completions, parts.advantage)
 
 
 def draw(parts: Parts, step: int) -> dict[int, Question]:
@@ -176,29 +176,30 @@ def sampling_of(config: Config) -> Sampling:
     )
 
 
-def score(parts: Parts, questions: Mapping[int, Question], completions: Sequence[Completion]) -> list[Scored]:
-    """Completions with their rewards; the reward is the weighted sum."""
-    pairs = [(completion.text, questions[completion.prompt_id].sample) for completion in completions]
-    return [
-        Scored(
-            sample=questions[completion.prompt_id].sample,
-            prompt_token_ids=questions[completion.prompt_id].token_ids,
-            completion=completion,
-            rewards=rewards,
-            reward=parts.rewards.total(rewards),
-        )
-        for completion, rewards in zip(completions, parts.rewards.score(pairs), strict=True)
-    ]
-
-
-def with_advantages(parts: Parts, scored: Sequence[Scored]) -> list[Scored]:
-    """The advantage of each completion against its group."""
+def score(
+    parts: Parts, questions: Mapping[int, Question], completions: Sequence[Completion],
+    advantage: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> list[Scored]:  # fmt: skip
+    """Completions with their rewards, whose weighted sum is the reward; with the advantage of each against its
+    group, or 0."""
     import torch
 
-    rewards_N = torch.tensor([item.reward for item in scored], dtype=torch.float64)
-    groups_N = torch.tensor([item.completion.prompt_id for item in scored], dtype=torch.int64)
-    advantages_N = parts.advantage(rewards_N, groups_N)
-    return [item.with_advantage(a) for item, a in zip(scored, advantages_N.tolist(), strict=True)]
+    pairs = [(completion.text, questions[completion.prompt_id].sample) for completion in completions]
+    values = parts.rewards.score(pairs)
+    rewards = [parts.rewards.total(row) for row in values]
+    advantages = [0.0] * len(rewards)
+    if advantage is not None:
+        groups_N = torch.tensor([completion.prompt_id for completion in completions], dtype=torch.int64)
+        advantages = advantage(torch.tensor(rewards, dtype=torch.float64), groups_N).tolist()
+    return [
+        Scored(
+            sample=sample, prompt_token_ids=questions[completion.prompt_id].token_ids, completion=completion,
+            rewards=row, reward=reward, advantage=own,
+        )
+        for completion, (_, sample), row, reward, own in zip(
+            completions, pairs, values, rewards, advantages, strict=True
+        )
+    ]  # fmt: skip
 
 
 def learn(parts: Parts, step: int, scored: Sequence[Scored], clock: Clock) -> list[StepMetrics]:

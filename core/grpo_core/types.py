@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,18 +97,6 @@ class Scored:
     reward: float
     advantage: float = 0.0
 
-    def with_advantage(self, advantage: float) -> Scored:
-        """The same with another advantage."""
-        # Spelled out: `replace` reads the fields' table each time, for every completion of a step.
-        return Scored(
-            sample=self.sample,
-            prompt_token_ids=self.prompt_token_ids,
-            completion=self.completion,
-            rewards=self.rewards,
-            reward=self.reward,
-            advantage=advantage,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -148,6 +136,10 @@ class Batch:
     """int16; the rollout's experts of every token, -1 where unknown; None without records."""
     old_experts_TMk: Tensor | None = None
     """int16; the experts of the pass that took the old log-probs; None unless that is replayed (R2)."""
+    host_cu_seqlens: Sequence[int] | None = None
+    """`cu_seqlens` on the host, so that no kernel waits for them; None where nobody knows them there."""
+    host_parents: Sequence[int] | None = None
+    """`parents_S` on the host."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same with every tensor on a device."""

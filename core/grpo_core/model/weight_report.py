@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -83,7 +84,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; reads the tensor once and allocates nothing of its size."""
     # A sum is finite only if every element is; one that overflows is looked at element by element.
     total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
 
 
 def _listed(names: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import bounds, parent_list
 
 from .tiles import Tile, TilePlan, plan_tiles
@@ -21,20 +22,22 @@ from .tiles import Tile, TilePlan, plan_tiles
 
 def varlen(
     q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    causal: bool, window: int | None,
+    causal: bool, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Varlen`."""
-    ends = bounds(cu_seqlens, q_THD.shape[0])
+    ends = bounds(cu_seqlens, q_THD.shape[0], common)
     return _attend(q_THD, k_TKD, v_TKE, ends, [-1] * (len(ends) - 1), scale, causal, window)
 
 
 def shared_prefix(
     q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, parents: Tensor, max_seqlen: int,
-    scale: float, window: int | None,
+    scale: float, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.SharedPrefix`."""
-    ends = bounds(cu_seqlens, q_THD.shape[0])
-    return _attend(q_THD, k_TKD, v_TKE, ends, parent_list(parents, len(ends) - 1), scale, True, window)
+    ends = bounds(cu_seqlens, q_THD.shape[0], common)
+    return _attend(
+        q_THD, k_TKD, v_TKE, ends, parent_list(parents, len(ends) - 1, common), scale, True, window
+    )
 
 
 def _attend(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grpo_core.ops.attention import LayerCache
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import DenseLayer, bounds, parent_list
 from grpo_core.ops.reference.tokens import TokenTable
 
@@ -178,10 +179,10 @@ def _visible(units: Units, seqs: Sequences, block: int, causal: bool, window: in
 
 def varlen(
     q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    causal: bool, window: int | None,
+    causal: bool, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Varlen`."""
-    ends = bounds(cu_seqlens, q_THD.shape[0])
+    ends = bounds(cu_seqlens, q_THD.shape[0], common)
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seqs = packed(ends, [-1] * (len(ends) - 1))
@@ -197,11 +198,11 @@ def varlen(
 
 def shared_prefix(
     q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, parents: Tensor, max_seqlen: int,
-    scale: float, window: int | None,
+    scale: float, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.SharedPrefix`."""
-    ends = bounds(cu_seqlens, q_THD.shape[0])
-    tree = parent_list(parents, len(ends) - 1)
+    ends = bounds(cu_seqlens, q_THD.shape[0], common)
+    tree = parent_list(parents, len(ends) - 1, common)
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, packed(ends, tree), scale, window=window).to(q.dtype)
@@ -221,18 +222,19 @@ def _one(results: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def prefill(
     q_THD: Tensor, cache: LayerCache, *, cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float,
-    window: int | None,
+    window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Prefill`; over a layer of core's `DenseCache`."""
     if not isinstance(cache, DenseLayer):
         raise TypeError(f"consistent attention reads layers of DenseCache, not {type(cache).__name__}")
-    seqs = cached(cache.table, bounds(cu_seqlens_q, q_THD.shape[0]), slots, seqlens_k)
+    seqs = cached(cache.table, bounds(cu_seqlens_q, q_THD.shape[0], common), slots, seqlens_k)
     return attend(q_THD, cache.k_RKD, cache.v_RKE, seqs, scale, window=window).to(q_THD.dtype)
 
 
 def decode(
-    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None
-) -> Tensor:
+    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None,
+    common: Common | None = None,
+) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Decode`."""
     one_each = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32)
     return prefill(

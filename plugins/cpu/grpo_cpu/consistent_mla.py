@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
 from grpo_core.ops.mla import LatentLayer
 from grpo_core.ops.reference.attention import bounds, parent_list
 from grpo_core.ops.reference.mla import DenseLatentLayer
@@ -33,11 +34,12 @@ def absorbed(
 def varlen(
     q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TL: Tensor, k_rope_TR: Tensor, w_uk_HNL: Tensor,
     w_uv_HEL: Tensor, *, cu_seqlens: Tensor, parents: Tensor | None, max_seqlen: int, scale: float,
+    common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaVarlen`."""
-    ends = bounds(cu_seqlens, q_nope_THN.shape[0])
+    ends = bounds(cu_seqlens, q_nope_THN.shape[0], common)
     segments = len(ends) - 1
-    tree = [-1] * segments if parents is None else parent_list(parents, segments)
+    tree = [-1] * segments if parents is None else parent_list(parents, segments, common)
 
     def exact(*tensors: Tensor) -> Tensor:
         return absorbed(*tensors, packed(ends, tree), scale)
@@ -54,18 +56,18 @@ def varlen(
 
 def prefill(
     q_nope_THN: Tensor, q_rope_THR: Tensor, cache: LatentLayer, w_uk_HNL: Tensor, w_uv_HEL: Tensor, *,
-    cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float,
+    cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaPrefill`; over a layer of core's `DenseLatentCache`."""
     if not isinstance(cache, DenseLatentLayer):
         raise TypeError(f"consistent attention reads layers of DenseLatentCache, not {type(cache).__name__}")
-    seqs = cached(cache.table, bounds(cu_seqlens_q, q_nope_THN.shape[0]), slots, seqlens_k)
+    seqs = cached(cache.table, bounds(cu_seqlens_q, q_nope_THN.shape[0], common), slots, seqlens_k)
     return absorbed(q_nope_THN, q_rope_THR, cache.latent_XL, cache.k_rope_XR, w_uk_HNL, w_uv_HEL, seqs, scale)
 
 
 def decode(
     q_nope_BHN: Tensor, q_rope_BHR: Tensor, cache: LatentLayer, w_uk_HNL: Tensor, w_uv_HEL: Tensor, *,
-    seqlens_k: Tensor, slots: Tensor, scale: float,
+    seqlens_k: Tensor, slots: Tensor, scale: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaDecode`."""
     one_each = torch.arange(q_nope_BHN.shape[0] + 1, dtype=torch.int32)

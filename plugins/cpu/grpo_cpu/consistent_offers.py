@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Mapping
 
 from grpo_core.impl import Impl
 
-from .contracts import WRITTEN_FOR
+from .contracts import CONTRACT
 
 RANK = 10
 CACHE_ID = "core:reference"
@@ -48,7 +48,7 @@ def _offer(op: str, target: str, limits: Mapping[str, Container[object]], *, bac
         limits=limits,
         backward=backward,
         deterministic=True,
-        contract=WRITTEN_FOR.get(op, 0),
+        contract=CONTRACT,
         batch_invariant=True,
         rank=RANK,
     )

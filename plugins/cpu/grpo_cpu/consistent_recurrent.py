@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference import rowwise
 from grpo_core.ops.reference.attention import accumulate, bounds
 
@@ -33,10 +34,10 @@ def _wide_heads(x_THD: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 def chunk(
     q_THD: Tensor, k_THD: Tensor, v_TKE: Tensor, g_TK: Tensor, beta_TK: Tensor, *, cu_seqlens: Tensor,
-    scale: float, initial_state_SKDE: Tensor | None, final_state: bool,
+    scale: float, initial_state_SKDE: Tensor | None, final_state: bool, common: Common | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `grpo_core.ops.linear_attention.DeltaChunk`."""
-    ends = bounds(cu_seqlens, q_THD.shape[0])
+    ends = bounds(cu_seqlens, q_THD.shape[0], common)
 
     def exact(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         *inputs, state = tensors
@@ -106,10 +107,11 @@ def _convolve(inputs: list[Tensor], w_CW: Tensor) -> Tensor:
 
 
 def conv_varlen(
-    x_TC: Tensor, w_CW: Tensor, *, cu_seqlens: Tensor, initial_state_SCW: Tensor | None, final_state: bool
-) -> tuple[Tensor, Tensor | None]:
+    x_TC: Tensor, w_CW: Tensor, *, cu_seqlens: Tensor, initial_state_SCW: Tensor | None, final_state: bool,
+    common: Common | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `grpo_core.ops.linear_attention.ConvVarlen`."""
-    ends = bounds(cu_seqlens, x_TC.shape[0])
+    ends = bounds(cu_seqlens, x_TC.shape[0], common)
 
     def exact(x_TC: Tensor, w_CW: Tensor, before_SCW: Tensor | None) -> tuple[Tensor, Tensor]:
         (C, W), outputs, windows = w_CW.shape, [x_TC.new_zeros(0, w_CW.shape[0])], []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.ops.attention import LayerCache
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import bounds
 
 from .cache import DecodePlan, SharedLayer
@@ -20,13 +21,13 @@ SCORES = 1 << 22
 
 def prefill(
     q_THD: Tensor, cache: LayerCache, *, cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor,
-    scale: float, window: int | None,
+    scale: float, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Prefill`."""
     layer = _shared(cache)
     T, H, D = q_THD.shape
     K = layer.table.heads
-    ends = bounds(cu_seqlens_q, T)
+    ends = bounds(cu_seqlens_q, T, common)
     o_THE = q_THD.new_empty(T, H, layer.v_RE.shape[1])
     acc = torch.promote_types(q_THD.dtype, torch.float32)
     for index, (slot, length) in enumerate(zip(slots.tolist(), seqlens_k.tolist(), strict=True)):
@@ -53,8 +54,9 @@ def prefill(
 
 
 def decode(
-    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None
-) -> Tensor:
+    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None,
+    common: Common | None = None,
+) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Decode`."""
     layer = _shared(cache)
     B, H, D = q_BHD.shape

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import accumulate, bounds
 
 from .delta_plan import ChunkPlan, Pad, Unpad, plan_chunks
@@ -25,14 +26,14 @@ from .triangular import Solve, minus_product
 
 def chunk(
     q_THD: Tensor, k_THD: Tensor, v_TKE: Tensor, g_TK: Tensor, beta_TK: Tensor, *, cu_seqlens: Tensor,
-    scale: float, initial_state_SKDE: Tensor | None, final_state: bool,
+    scale: float, initial_state_SKDE: Tensor | None, final_state: bool, common: Common | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `grpo_core.ops.linear_attention.DeltaChunk`."""
     K, E = v_TKE.shape[1:]
     H, D = q_THD.shape[1:]
     if K % H:
         raise ValueError(f"{K} value heads cannot be shared out over {H} key heads")
-    plan = plan_chunks(tuple(bounds(cu_seqlens, q_THD.shape[0])))
+    plan = plan_chunks(tuple(bounds(cu_seqlens, q_THD.shape[0], common)))
     acc = accumulate(v_TKE.dtype)
     if initial_state_SKDE is None:
         state_SKDE = v_TKE.new_zeros(plan.order.numel(), K, D, E, dtype=acc)

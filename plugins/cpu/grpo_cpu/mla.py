@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.ops.attention import SharedPrefix, Varlen
+from grpo_core.ops.common import Common
 from grpo_core.ops.mla import LatentLayer
 from grpo_core.ops.reference.attention import bounds
 
@@ -60,6 +61,7 @@ def expand(latent_TL: Tensor, k_rope_TR: Tensor, w_uk_HNL: Tensor, w_uv_HEL: Ten
 def varlen(
     q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TL: Tensor, k_rope_TR: Tensor, w_uk_HNL: Tensor,
     w_uv_HEL: Tensor, *, cu_seqlens: Tensor, parents: Tensor | None, max_seqlen: int, scale: float,
+    common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaVarlen`."""
     k_THD, v_THE = expand(latent_TL, k_rope_TR, w_uk_HNL, w_uv_HEL)
@@ -70,12 +72,12 @@ def varlen(
 
 def prefill(
     q_nope_THN: Tensor, q_rope_THR: Tensor, cache: LatentLayer, w_uk_HNL: Tensor, w_uv_HEL: Tensor, *,
-    cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float,
+    cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaPrefill`."""
     return prefill_with(
         TORCH, q_nope_THN, q_rope_THR, shared_latents(cache), w_uk_HNL, w_uv_HEL,
-        bounds(cu_seqlens_q, q_nope_THN.shape[0]), seqlens_k.tolist(), slots.tolist(), scale,
+        bounds(cu_seqlens_q, q_nope_THN.shape[0], common), seqlens_k.tolist(), slots.tolist(), scale,
     )  # fmt: skip
 
 

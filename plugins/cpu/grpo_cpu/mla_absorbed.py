@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
 from grpo_core.ops.mla import LatentLayer
 from grpo_core.ops.reference.attention import accumulate
 
@@ -35,7 +36,7 @@ def values(o_BHL: Tensor, w_uv_HEL: Tensor) -> Tensor:
 
 def decode(
     q_nope_BHN: Tensor, q_rope_BHR: Tensor, cache: LatentLayer, w_uk_HNL: Tensor, w_uv_HEL: Tensor, *,
-    seqlens_k: Tensor, slots: Tensor, scale: float,
+    seqlens_k: Tensor, slots: Tensor, scale: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaDecode`."""
     layer = shared_latents(cache)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
+
 from .native import load
 
 _ops = load()
@@ -22,6 +24,7 @@ def varlen(
     scale: float,
     causal: bool,
     window: int | None,
+    common: Common | None = None,
 ) -> Tensor:
     """attention.varlen."""
     return _attend(q_THD, k_TKD, v_TKE, cu_seqlens, None, scale, causal, window or 0)
@@ -37,6 +40,7 @@ def shared_prefix(
     max_seqlen: int,
     scale: float,
     window: int | None,
+    common: Common | None = None,
 ) -> Tensor:
     """attention.shared_prefix."""
     return _attend(q_THD, k_TKD, v_TKE, cu_seqlens, parents, scale, True, window or 0)
@@ -63,7 +67,7 @@ class _Segments(torch.autograd.Function):
     ) -> Tensor:
         o, lse = _ops.segments(q, k, v, ends, parents, scale, causal, window, True)
         # Rotary made q and k anew; v alone would keep the whole projection of all three.
-        ctx.save_for_backward(q, k, v.contiguous(), o, lse, ends, parents)
+        ctx.save_for_backward(q, k, _ops.compact(v), o, lse, ends, parents)
         ctx.rest = (scale, causal, window)
         return o
 

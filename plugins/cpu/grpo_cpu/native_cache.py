@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.ops.attention import CacheSpec, LayerCache
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.slots import SlotCache
 
 from .native import load
@@ -83,6 +84,7 @@ def prefill(
     slots: Tensor,
     scale: float,
     window: int | None,
+    common: Common | None = None,
 ) -> Tensor:
     """attention.prefill over a `PagedLayer`."""
     layer = _paged(cache)
@@ -92,8 +94,9 @@ def prefill(
 
 
 def decode(
-    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None
-) -> Tensor:
+    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None,
+    common: Common | None = None,
+) -> Tensor:  # fmt: skip
     """attention.decode over a `PagedLayer`."""
     layer = _paged(cache)
     return _ops.cache_attend(
@@ -116,6 +119,7 @@ def step(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    common: Common | None = None,
 ) -> Tensor:
     """attention.step over a `PagedLayer`. Raises IndexError as `PagedLayer.write` does."""
     layer = _paged(cache)

@@ -83,8 +83,9 @@ class _LogProb(torch.autograd.Function):
         g_logprob_T, g_entropy_T = grads
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         parts = _chunks(hidden_TC.shape[0], lm_head_VC.shape[0])
-        like = torch.contiguous_format
-        g_hidden_TC = torch.empty_like(hidden_TC, memory_format=like) if wants_hidden else None
+        g_hidden_TC: Tensor | None = None
+        if wants_hidden and len(parts) != 1:
+            g_hidden_TC = torch.empty_like(hidden_TC, memory_format=torch.contiguous_format)
         head = _HeadGrad(lm_head_VC, ctx.main_grad_VC, len(parts)) if wants_head else None
         made_TV, ctx.logits_TV = ctx.logits_TV, None
         room = made_TV
@@ -98,8 +99,12 @@ class _LogProb(torch.autograd.Function):
                 g_logits_tV, labels_T[part], ctx.temperature, g_logprob_T[part], g_entropy_T[part],
                 entropy_T[part], lse_T[part],
             )  # fmt: skip
-            if g_hidden_TC is not None:
-                g_hidden_TC[part] = products_of(hidden_TC).input_grad(g_logits_tV, lm_head_VC)
+            if wants_hidden:
+                g_hidden_tC = products_of(hidden_TC).input_grad(g_logits_tV, lm_head_VC)
+                if g_hidden_TC is None:
+                    g_hidden_TC = g_hidden_tC
+                else:
+                    g_hidden_TC[part] = g_hidden_tC
             if head is not None:
                 head.add(g_logits_tV, hidden_TC[part])
         return g_hidden_TC, None if head is None else head.result(), None, None, None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
+
 from .native import load
 from .remake import forget, kept
 
@@ -62,8 +64,9 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rope_apply(
-    q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool
-) -> tuple[Tensor, Tensor]:
+    q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool,
+    common: Common | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """rope.apply."""
     if tracked(q_THD, k_TKD):
         return _Rope.apply(q_THD, cos_TR, sin_TR, interleaved), _Rope.apply(

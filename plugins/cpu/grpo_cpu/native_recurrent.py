@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
+
 from .native import load
 from .native_ops import tracked
 
@@ -18,7 +20,7 @@ _ops = load()
 
 def delta_chunk(
     q_THD: Tensor, k_THD: Tensor, v_TKE: Tensor, g_TK: Tensor, beta_TK: Tensor, *, cu_seqlens: Tensor,
-    scale: float, initial_state_SKDE: Tensor | None, final_state: bool,
+    scale: float, initial_state_SKDE: Tensor | None, final_state: bool, common: Common | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """gated_delta.chunk. Raises ValueError for heads that cannot be shared out and for other ends than
     cumulative lengths."""
@@ -55,8 +57,9 @@ class _Chunk(torch.autograd.Function):
 
 
 def conv_varlen(
-    x_TC: Tensor, w_CW: Tensor, *, cu_seqlens: Tensor, initial_state_SCW: Tensor | None, final_state: bool
-) -> tuple[Tensor, Tensor | None]:
+    x_TC: Tensor, w_CW: Tensor, *, cu_seqlens: Tensor, initial_state_SCW: Tensor | None, final_state: bool,
+    common: Common | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """short_conv.varlen. Raises ValueError for a width above 16 and for ends that are not cumulative."""
     if tracked(x_TC, w_CW, initial_state_SCW):
         y_TC, last_SCW = _Conv.apply(x_TC, w_CW, initial_state_SCW, cu_seqlens, final_state)

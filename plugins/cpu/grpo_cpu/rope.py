@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
+
 from .rows import pieces
 
 
 def rope_apply(
-    q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool
-) -> tuple[Tensor, Tensor]:
+    q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool,
+    common: Common | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `grpo_core.ops.fused.RopeApply`."""
     return (
         _Rotate.apply(q_THD, cos_TR, sin_TR, interleaved),

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import accumulate, bounds
 
 
 def varlen(
-    x_TC: Tensor, w_CW: Tensor, *, cu_seqlens: Tensor, initial_state_SCW: Tensor | None, final_state: bool
-) -> tuple[Tensor, Tensor | None]:
+    x_TC: Tensor, w_CW: Tensor, *, cu_seqlens: Tensor, initial_state_SCW: Tensor | None, final_state: bool,
+    common: Common | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `grpo_core.ops.linear_attention.ConvVarlen`."""
     C, W = w_CW.shape
-    ends = torch.tensor(bounds(cu_seqlens, x_TC.shape[0]), dtype=torch.int64)
+    ends = torch.tensor(bounds(cu_seqlens, x_TC.shape[0], common), dtype=torch.int64)
     lengths = ends.diff()
     S = lengths.numel()
     # W - 1 rows in front of every segment hold its initial state.

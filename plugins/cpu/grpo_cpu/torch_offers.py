@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 
 from grpo_core.impl import NOTHING, DeviceInfo, Impl, Need
 
-from .contracts import WRITTEN_FOR
+from .contracts import CONTRACT
 
 CACHE_ID = "cpu:torch"
 _FLOATS: Mapping[str, Container[object]] = {"dtype": frozenset({"bfloat16", "float32"})}
@@ -68,6 +68,6 @@ def _offer(
         when=when,
         backward=backward,
         deterministic=True,
-        contract=WRITTEN_FOR.get(op, 0),
+        contract=CONTRACT,
         rank=50,
     )

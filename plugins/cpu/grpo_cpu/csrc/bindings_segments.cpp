@@ -1,4 +1,8 @@
 // torch.ops.grpo_cpu: packed training attention.
+#include <ATen/Parallel.h>
+
+#include <cstring>
+
 #include "bindings.h"
 
 namespace grpo {
@@ -50,6 +54,20 @@ Inputs inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor
   return x;
 }
 
+// x [T, heads, d] without the gaps between its tokens: itself where there are none.
+Tensor compact(const Tensor& x) {
+  check_float(x, "x");
+  if (x.dim() != 3 || x.is_contiguous() || x.stride(2) != 1 || x.stride(1) != x.size(2)) return x.contiguous();
+  Tensor y = room(x.sizes(), x);
+  const size_t row = x.size(1) * x.size(2) * x.element_size(), gap = x.stride(0) * x.element_size();
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(y.data_ptr());
+  at::parallel_for(0, x.size(0), 256, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) std::memcpy(to + t * row, from + t * gap, row);
+  });
+  return y;
+}
+
 // Returns o and, where `keep`, the log of the sum of exponentials [heads, tokens] for the backward pass.
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ends,
                                    const MaybeTensor& parents, double scale, bool causal, int64_t window,
@@ -87,6 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, co
 }  // namespace grpo
 
 TORCH_LIBRARY_FRAGMENT(grpo_cpu, m) {
+  m.def("compact(Tensor x) -> Tensor", grpo::compact);
   m.def("segments(Tensor q, Tensor k, Tensor v, Tensor ends, Tensor? parents, float scale, bool causal,"
         " int window, bool keep) -> (Tensor, Tensor)", grpo::forward);
   m.def("segments_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor grad, Tensor ends,"

@@ -1,6 +1,6 @@
 // torch.ops.grpo_cpu: matrix products of linear layers, and their weights' gradients.
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 
 #include "bindings.h"
 
@@ -52,7 +52,7 @@ MaybeTensor bias_of(const MaybeTensor& bias, int64_t n) {
   return bias->contiguous();
 }
 
-// Pairs are read as 32 bits: an odd width goes to torch.
+// Pairs are read as 32 bits: an odd width goes to torch, or gets a column of zeros.
 bool even(const Tensor& a) { return a.size(1) % 2 == 0; }
 
 // x [T, K] w^T + b -> [T, N]
@@ -85,7 +85,7 @@ void linear_out(const Tensor& x_, const Tensor& w_, Tensor y) {
 Tensor linear_input_grad(const Tensor& g_, const Tensor& w_) {
   const Tensor g = rows_of(g_, "g"), w = rows_of(w_, "w");
   TORCH_CHECK(g.size(1) == w.size(0), "g has shape ", g.sizes(), ", w ", w.sizes());
-  if (!even(g)) return at::mm(g, w);
+  if (!even(g)) return linear_input_grad(at::constant_pad_nd(g, {0, 1}), at::constant_pad_nd(w, {0, 0, 0, 1}));
   Tensor x = room({g.size(0), w.size(1)}, g);
   product({bits(g), g.stride(0), bits(w), w.stride(0), false, nullptr, nullptr, bits(x), w.size(1), g.size(0),
            w.size(1), g.size(1)});

@@ -144,7 +144,7 @@ static void run_panel(const Product& p, int64_t from, int64_t to, int64_t column
 static void product_by_rows(Product p) {
   static thread_local Scratch<bf16> scratch;
   if (!p.packed) {
-    bf16* all = scratch.get((size_t)packed_size(p.n, p.k + p.k % 2));
+    bf16* all = scratch.get((size_t)packed_size(p.n, p.k));
     pack(p, all);
     p.packed = all;
   }

@@ -49,20 +49,46 @@ static void spread_families(const std::vector<Family>& families, int64_t kv_head
 
 static inline int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 
-// Rows of `x` from token `from` on as blocks [d / UNIT][32][UNIT], as pack_block leaves them.
+// The tokens whose keys go into one run of blocks: `kept` of a parent's from `parent` on, then a segment's own.
+struct Span {
+  int64_t parent, kept, from, length;
+
+  int64_t size() const { return kept + length; }
+};
+
+// A short child whose keys fill no more than a block together with its parent's is given all of them in one, so that
+// each product over its keys is done once and not twice.
 template <class T>
-static inline void pack_columns(const Strided<T>& x, int64_t head, int64_t from, int64_t length, int64_t d,
-                                T* out) {
-  for (int64_t l = 0; l < length; l += BLOCK, out += BLOCK * d)
-    pack_block(x.data + (from + l) * x.token + head * x.head, x.token, std::min(BLOCK, length - l), d, out);
+static inline Span span_of(const Segments<T>& a, int64_t segment, int64_t root, int64_t prefix) {
+  const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from;
+  return {a.ends[root], segment != root && prefix + length <= BLOCK ? prefix : 0, from, length};
 }
 
-// The same as units of tokens [blocks][32 / UNIT][d][UNIT]; what is missing of the last unit is zero.
+// The rows of a span that lies in two places, one after the other.
 template <class T>
-static inline void pack_tokens(const Strided<T>& x, int64_t head, int64_t from, int64_t length, int64_t d,
-                               T* out) {
-  pack_units(x.data + from * x.token + head * x.head, x.token, length, d, out,
-             (length + UNIT<T> - 1) / UNIT<T>);
+static inline Strided<T> gathered(const Strided<T>& x, int64_t head, const Span& span, int64_t d, T* out) {
+  const auto put = [&](int64_t from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i, out += d)
+      std::memcpy(out, x.data + (from + i) * x.token + head * x.head, d * sizeof(T));
+  };
+  const T* start = out;
+  put(span.parent, span.kept);
+  put(span.from, span.length);
+  return {start, d, 0};
+}
+
+// Rows of `x` as blocks [d / UNIT][32][UNIT], as pack_block leaves them, and as units of tokens
+// [blocks][32 / UNIT][d][UNIT], with zero for what is missing of the last unit; either may be null.
+template <class T>
+static inline void pack_span(const Strided<T>& x, int64_t head, const Span& span, int64_t d, T* columns, T* tokens) {
+  alignas(64) T together[BLOCK * 256];
+  const Strided<T> rows = span.kept ? gathered(x, head, span, d, together)
+                                    : Strided<T>{x.data + span.from * x.token + head * x.head, x.token, 0};
+  const int64_t size = span.size();
+  if (columns)
+    for (int64_t l = 0; l < size; l += BLOCK, columns += BLOCK * d)
+      pack_block(rows.data + l * rows.token, rows.token, std::min(BLOCK, size - l), d, columns);
+  if (tokens) pack_units(rows.data, rows.token, size, d, tokens, (size + UNIT<T> - 1) / UNIT<T>);
 }
 
 }  // namespace grpo

@@ -127,13 +127,12 @@ void run_block(const Segments<T>& a, const Tile<T>& t, const Keys<T>& keys, cons
 }
 
 template <class T>
-void run_tile(const Segments<T>& a, const Tile<T>& t, const Keys<T>& keys, int64_t prefix, int64_t length,
-              T* dq) {
+void run_tile(const Segments<T>& a, const Tile<T>& t, const Keys<T>& keys, int64_t prefix, const Span& span, T* dq) {
   std::fill_n(t.dq, t.count * a.d, 0.f);
   const int64_t kept = blocks_of(prefix), end = t.hi + t.hi_step * (t.count - 1);
-  for (int64_t b = 0; b < kept + blocks_of(length); ++b) {
-    const int64_t start = b < kept ? b * BLOCK : prefix + (b - kept) * BLOCK;
-    const int64_t count = std::min(BLOCK, (b < kept ? prefix : prefix + length) - start);
+  for (int64_t b = span.kept ? kept : 0; b < kept + blocks_of(span.size()); ++b) {
+    const int64_t start = b < kept ? b * BLOCK : prefix - span.kept + (b - kept) * BLOCK;
+    const int64_t count = std::min(BLOCK, (b < kept ? prefix : prefix + span.length) - start);
     if (start >= end) break;
     if (start + count > t.lo) run_block(a, t, keys, {b, start, count});
   }
@@ -143,10 +142,10 @@ void run_tile(const Segments<T>& a, const Tile<T>& t, const Keys<T>& keys, int64
 }
 
 template <class T>
-void run_segment(const Segments<T>& a, const Grads<T>& x, int64_t segment, int64_t kv_head, int64_t prefix,
+void run_segment(const Segments<T>& a, const Grads<T>& x, const Span& span, int64_t kv_head, int64_t prefix,
                  const Keys<T>& keys, Buffers<T>& scratch) {
   constexpr int64_t U = UNIT<T>;
-  const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, tokens = a.ends[a.count];
+  const int64_t from = span.from, length = span.length, tokens = a.ends[a.count];
   const int64_t group = a.heads / a.kv_heads;
   T *q_tokens = scratch.q_tokens.get(ROWS * a.d), *g_tokens = scratch.g_tokens.get(ROWS * a.e);
   float delta[ROWS];
@@ -171,32 +170,61 @@ void run_segment(const Segments<T>& a, const Grads<T>& x, int64_t segment, int64
       t.q_tokens = q_tokens, t.g_tokens = g_tokens, t.delta = delta;
       t.lse = x.lse + h * tokens + token;
       t.dq = scratch.dq.get(ROWS * a.d);
-      run_tile(a, t, keys, prefix, length, x.dq);
+      run_tile(a, t, keys, prefix, span, x.dq);
     }
 }
 
-// Packs one segment's keys behind `kept` blocks and clears their gradients.
+// Packs a span's keys behind `kept` blocks and clears their gradients.
 template <class T>
-void open(const Segments<T>& a, int64_t segment, int64_t kv_head, int64_t kept, const Keys<T>& keys) {
-  const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, at = kept * BLOCK;
-  pack_columns(a.k, kv_head, from, length, a.d, keys.k_columns + at * a.d);
-  pack_tokens(a.k, kv_head, from, length, a.d, keys.k_tokens + at * a.d);
-  pack_columns(a.v, kv_head, from, length, a.e, keys.v_columns + at * a.e);
-  std::fill_n(keys.dk + at * a.d, length * a.d, 0.f);
-  std::fill_n(keys.dv + at * a.e, length * a.e, 0.f);
+void open(const Segments<T>& a, const Span& span, int64_t kv_head, int64_t kept, const Keys<T>& keys) {
+  const int64_t at = kept * BLOCK;
+  pack_span(a.k, kv_head, span, a.d, keys.k_columns + at * a.d, keys.k_tokens + at * a.d);
+  pack_span(a.v, kv_head, span, a.e, keys.v_columns + at * a.e, (T*)nullptr);
+  std::fill_n(keys.dk + at * a.d, span.size() * a.d, 0.f);
+  std::fill_n(keys.dv + at * a.e, span.size() * a.e, 0.f);
 }
 
+// Writes the gradients of a span's own keys, and adds those of its parent's to what the parent has.
 template <class T>
-void close(const Segments<T>& a, int64_t segment, int64_t kv_head, int64_t kept, const Keys<T>& keys,
+void close(const Segments<T>& a, const Span& span, int64_t kv_head, int64_t kept, const Keys<T>& keys,
            const Grads<T>& x) {
-  const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from, at = kept * BLOCK;
-  for (int64_t l = 0; l < length; ++l) {
-    const int64_t row = (from + l) * a.kv_heads + kv_head;
-    for (int64_t j = 0; j < a.d; j += 16)
-      store(x.dk + row * a.d + j, _mm512_loadu_ps(keys.dk + (at + l) * a.d + j));
-    for (int64_t j = 0; j < a.e; j += 16)
-      store(x.dv + row * a.e + j, _mm512_loadu_ps(keys.dv + (at + l) * a.e + j));
+  const auto finish = [&](float* sums, int64_t size, T* out) {
+    const float* own = sums + kept * BLOCK * size;
+    for (int64_t i = 0; i < span.kept * size; i += 16, own += 16)
+      _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), _mm512_loadu_ps(own)));
+    for (int64_t l = 0; l < span.length; ++l, own += size)
+      for (int64_t j = 0; j < size; j += 16)
+        store(out + ((span.from + l) * a.kv_heads + kv_head) * size + j, _mm512_loadu_ps(own + j));
+  };
+  finish(keys.dk, a.d, x.dk);
+  finish(keys.dv, a.e, x.dv);
+}
+
+// Fetches one head of tokens [from, to), to read it or to write it.
+template <bool WRITE, class T>
+void fetch_rows(const Strided<T>& x, int64_t head, int64_t from, int64_t to, int64_t d) {
+  for (int64_t t = from; t < to; ++t)
+    for (int64_t j = 0; j < d; j += 64 / (int64_t)sizeof(T))
+      __builtin_prefetch(x.data + t * x.token + head * x.head + j, WRITE);
+}
+
+// Fetches what a later segment reads and writes for one kv head. Short ones have a few rows in each of eight tensors,
+// too few for the CPU to see more of them coming.
+template <class T>
+void fetch(const Segments<T>& a, const Grads<T>& x, int64_t segment, int64_t kv_head) {
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t from = a.ends[segment], to = std::min<int64_t>(a.ends[segment + 1], from + BLOCK);
+  fetch_rows<false>(a.k, kv_head, from, to, a.d);
+  fetch_rows<false>(a.v, kv_head, from, to, a.e);
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    fetch_rows<false>(a.q, h, from, to, a.d);
+    fetch_rows<false>(x.g, h, from, to, a.e);
+    fetch_rows<false>(Strided<T>{x.o, a.heads * a.e, a.e}, h, from, to, a.e);
   }
+  fetch_rows<true>(Strided<T>{x.dk, a.kv_heads * a.d, a.d}, kv_head, from, to, a.d);
+  fetch_rows<true>(Strided<T>{x.dv, a.kv_heads * a.e, a.e}, kv_head, from, to, a.e);
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h)
+    fetch_rows<true>(Strided<T>{x.dq, a.heads * a.d, a.d}, h, from, to, a.d);
 }
 
 template <class T>
@@ -209,15 +237,19 @@ void run_family(const Segments<T>& a, const Grads<T>& x, const Family& family, i
   const int64_t room = (kept + longest) * BLOCK;
   const Keys<T> keys{scratch.k_columns.get(room * a.d), scratch.k_tokens.get(room * a.d),
                      scratch.v_columns.get(room * a.e), scratch.dk.get(room * a.d), scratch.dv.get(room * a.e)};
-  open(a, family.root, kv_head, 0, keys);
-  run_segment(a, x, family.root, kv_head, 0, keys, scratch);
+  const Span root = span_of(a, family.root, family.root, 0);
+  open(a, root, kv_head, 0, keys);
+  run_segment(a, x, root, kv_head, 0, keys, scratch);
   // The parent is run with prefix 0: its own blocks are the first `kept`.
-  for (const int64_t s : family.children) {
-    open(a, s, kv_head, kept, keys);
-    run_segment(a, x, s, kv_head, prefix, keys, scratch);
-    close(a, s, kv_head, kept, keys, x);
+  const size_t children = family.children.size();
+  for (size_t i = 0; i < children; ++i) {
+    if (i + 1 < children) fetch(a, x, family.children[i + 1], kv_head);
+    const Span span = span_of(a, family.children[i], family.root, prefix);
+    open(a, span, kv_head, kept, keys);
+    run_segment(a, x, span, kv_head, prefix, keys, scratch);
+    close(a, span, kv_head, kept, keys, x);
   }
-  close(a, family.root, kv_head, 0, keys, x);
+  close(a, root, kv_head, 0, keys, x);
 }
 
 }  // namespace

@@ -12,16 +12,15 @@ struct Packed {
   std::vector<KeyBlock<T>> blocks;
 };
 
-// Packs the keys of a segment behind those of its parent, whose blocks are the first `kept`.
+// Packs the keys of a span; its blocks follow those of the parent, unless it holds these itself.
 template <class T>
-void pack(const Segments<T>& a, int64_t segment, int64_t kv_head, int64_t kept, int64_t position, T* k,
-          T* v, std::vector<KeyBlock<T>>& blocks) {
-  const int64_t from = a.ends[segment], length = a.ends[segment + 1] - from;
-  pack_columns(a.k, kv_head, from, length, a.d, k);
-  pack_tokens(a.v, kv_head, from, length, a.e, v);
-  blocks.resize(kept);
-  for (int64_t l = 0; l < length; l += BLOCK)
-    blocks.push_back({k + l * a.d, v + l * a.e, position + l, std::min(BLOCK, length - l)});
+void pack(const Segments<T>& a, const Span& span, int64_t kv_head, int64_t kept, int64_t prefix, T* k, T* v,
+          std::vector<KeyBlock<T>>& blocks) {
+  pack_span(a.k, kv_head, span, a.d, k, (T*)nullptr);
+  pack_span(a.v, kv_head, span, a.e, (T*)nullptr, v);
+  blocks.resize(span.kept ? 0 : kept);
+  for (int64_t l = 0; l < span.size(); l += BLOCK)
+    blocks.push_back({k + l * a.d, v + l * a.e, prefix - span.kept + l, std::min(BLOCK, span.size() - l)});
 }
 
 template <class T>
@@ -52,10 +51,14 @@ void run_family(const Segments<T>& a, const Family& family, int64_t kv_head, Pac
   for (const int64_t s : family.children)
     longest = std::max<int64_t>(longest, blocks_of(a.ends[s + 1] - a.ends[s]));
   T *k = p.k.get((kept + longest) * BLOCK * a.d), *v = p.v.get((kept + longest) * BLOCK * a.e);
-  pack(a, family.root, kv_head, 0, 0, k, v, p.blocks);
-  run_segment(a, family.root, kv_head, 0, p, o, lse);
+  const int64_t root = family.root;
+  pack(a, span_of(a, root, root, 0), kv_head, 0, 0, k, v, p.blocks);
+  run_segment(a, root, kv_head, 0, p, o, lse);
+  const std::vector<KeyBlock<T>> own = p.blocks;
   for (const int64_t s : family.children) {
-    pack(a, s, kv_head, kept, prefix, k + kept * BLOCK * a.d, v + kept * BLOCK * a.e, p.blocks);
+    const Span span = span_of(a, s, root, prefix);
+    if (!span.kept) p.blocks = own;
+    pack(a, span, kv_head, kept, prefix, k + kept * BLOCK * a.d, v + kept * BLOCK * a.e, p.blocks);
     run_segment(a, s, kv_head, prefix, p, o, lse);
   }
 }
