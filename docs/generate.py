@@ -1,4 +1,4 @@
-"""Write the pages that follow from the code: configuration.md, hooks.md and models.md.
+"""Write the pages that follow from the code: configuration.md, contracts.md, hooks.md and models.md.
 
     python docs/generate.py            write them
     python docs/generate.py --check    exit 1 when they are not up to date
@@ -28,6 +28,7 @@ from grpo_core.needs import RunFacts, needs_of
 from grpo_core.ops.contract import CONTRACTS, Contract
 from grpo_core.plugin_checks import CACHE_OF
 from grpo_core.plugins import load
+from grpo_core.signatures import protocol_methods
 
 DOCS = Path(__file__).parent
 PUBLISHED = DOCS.parent / "tests" / "plugins" / "models" / "published"
@@ -243,6 +244,48 @@ def hooks_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+PARTS = {
+    "attention.cache": "grpo_core.ops.attention:LayerCache", "mla.cache": "grpo_core.ops.mla:LatentLayer",
+    "comm.collectives": "grpo_core.ops.collectives:Group",
+}  # fmt: skip
+"""Protocols of what the methods of a class give out."""
+
+
+def arguments_of(contract: Contract) -> list[str]:
+    """The parameters of a function op, or "<method>.<parameter>" of a class op."""
+    found = []
+    for pointer in filter(None, (contract.protocol, PARTS.get(contract.op))):
+        module, _, name = pointer.partition(":")
+        for method, function in protocol_methods(getattr(importlib.import_module(module), name)).items():
+            names = [one for one in inspect.signature(function).parameters if one != "self"]
+            found += names if contract.kind == "function" else [f"{method}.{one}" for one in names]
+    return found
+
+
+def vendor_arguments() -> dict[str, dict[str, dict[str, str]]]:
+    """Vendor -> op -> argument -> what it becomes; the empty name is the call itself."""
+    files = sorted(DOCS.parent.glob("plugins/*/grpo_*/arguments.json"))
+    content = [json.loads(path.read_text()) for path in files]
+    return {one["vendor"]: one["ops"] for one in content}
+
+
+def contracts_page() -> str:
+    """docs/contracts.md"""
+    vendors = vendor_arguments()
+    why = "Why they became what they are: [decision 0009](decisions/0009-contracts-after-two-vendors.md).\n"
+    lines = [NOTE, (DOCS / "parts" / "contracts.md").read_text(), why, "## Arguments, vendor by vendor\n"]
+    for op, contract in CONTRACTS.items():
+        if op.startswith("engine."):
+            continue
+        lines += [f"### `{op}`\n", f"| argument | {' | '.join(vendors)} |"]
+        lines.append("| --- " * (1 + len(vendors)) + "|")
+        for name in ("", *arguments_of(contract)):
+            cells = [cell(vendors[vendor].get(op, {}).get(name, "")) for vendor in vendors]
+            lines.append(f"| {f'`{name}`' if name else 'call'} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def models_page() -> str:
     """docs/models.md"""
     catalogue = load()
@@ -295,7 +338,10 @@ def recipe_rows(recipes: dict[str, dict[str, Any]]) -> list[str]:
     return rows
 
 
-PAGES = {"configuration.md": configuration_page, "hooks.md": hooks_page, "models.md": models_page}
+PAGES = {
+    "configuration.md": configuration_page, "contracts.md": contracts_page, "hooks.md": hooks_page,
+    "models.md": models_page,
+}  # fmt: skip
 
 
 def stale() -> list[str]:

@@ -21,7 +21,7 @@ VARLEN = Need(
 
 def offer(op: str = "attention.varlen", name: str = "fast", **fields: Any) -> Impl:
     """An offer for the CPU that can do everything, at rank 50, unless told otherwise."""
-    values: dict[str, Any] = {"device": "cpu", "load": "acme.ops:call", "backward": True}
+    values: dict[str, Any] = {"device": "cpu", "load": "acme.ops:call", "backward": True, "contract": 1}
     return Impl(op=op, name=name, **{**values, **fields})
 
 

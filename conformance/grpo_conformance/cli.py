@@ -208,6 +208,10 @@ def _finish(
             for row in content["levels"]
         ],
     )
+    if content["target"]["limits"]:
+        print("\nsimulated: nothing of this was measured on hardware")
+        for limit in content["target"]["limits"]:
+            print(f"- {limit}")
     missed = [] if args.keyword or args.lf or args.first else unmatched(entries, results.collected)
     for entry in missed:
         print(f"known failure {entry.case!r} is about no case: take it out or mend the pattern")

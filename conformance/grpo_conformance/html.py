@@ -45,6 +45,9 @@ def _body(content: Mapping[str, Any]) -> Iterator[str]:
     if content["target"]["simulated"]:
         yield '<p class="banner">A simulated device: this shows that software and suite fit, and nothing '
         yield "about the numbers or the speed of hardware.</p>"
+        limits = content["target"].get("limits", ())
+        if limits:
+            yield "<ul>" + "".join(f"<li>{text(limit)}</li>" for limit in limits) + "</ul>"
     yield '<div class="tiles">'
     for level in content["levels"]:
         empty = "" if level["counts"] else " none"

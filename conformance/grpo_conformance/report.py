@@ -16,7 +16,7 @@ from grpo_core.requirements import installed_version
 
 from .case import LEVELS, Case, Outcome, Target
 from .sign import digest
-from .target import is_simulated
+from .target import is_simulated, limits
 
 SCHEMA = "grpo-conformance/1"
 BROKEN = ("fail", "error", "crash", "timeout")
@@ -111,6 +111,7 @@ def _target(target: Target) -> dict[str, Any]:
         "dtypes": sorted(info.dtypes),
         "features": sorted(info.features),
         "simulated": is_simulated(target),
+        "limits": list(limits(target)),
         "plugins": plugins,
         "proofs": {
             f"{op} {offer.id}": offer.impl.proof

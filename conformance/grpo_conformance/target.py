@@ -7,10 +7,13 @@ from grpo_core.devices.pick import pick_device, probe
 from grpo_core.plugins import load
 from grpo_core.requirements import unmet
 
+from .cann.limits import LIMITS as CANN_LIMITS
 from .case import Target
 
 SIMULATED = "simulated"
 """A feature of devices that are not hardware; reports carry it as a flag."""
+LIMITS: dict[str, tuple[str, ...]] = {"npu": CANN_LIMITS}
+"""By torch type: what a simulation of it cannot tell."""
 
 
 def open_target(name: str, catalogue: Catalogue | None = None) -> Target:
@@ -27,6 +30,11 @@ def open_target(name: str, catalogue: Catalogue | None = None) -> Target:
 def is_simulated(target: Target) -> bool:
     """Whether the device says that it is not hardware."""
     return SIMULATED in target.probe.info.features
+
+
+def limits(target: Target) -> tuple[str, ...]:
+    """What a simulated device cannot tell; nothing for hardware."""
+    return LIMITS.get(target.probe.info.type, ()) if is_simulated(target) else ()
 
 
 def _serves(offer: Offer, type: str) -> bool:

@@ -96,6 +96,9 @@ class RolloutConfig(Section):
     """Free the engine's weights and cache while the policy trains; the next weights wake it."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """"auto" is train.dtype."""
+    graph: Literal["auto", "off"] = "auto"
+    """Decode steps of the native engine as device graphs: "auto" where the device has graphs and every op of
+    a step can be recorded; `grpo plan` says why not."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the engine."""
 

@@ -75,7 +75,9 @@ class Impl:
     backward: bool = False
     """Differentiable."""
     graph: bool = False
-    """Can be captured in a device graph."""
+    """Can be captured in a device graph: a replay computes the same on what the tensors hold then. The host
+    waits for nothing; of `common` it reads `max_seqlen_k` and `once`, lists only where the device's graph
+    renews them. A class keeps its memory in its place, also when it takes new weights."""
     deterministic: bool = False
     """Equal inputs give equal bits."""
     batch_invariant: bool = False

@@ -180,8 +180,7 @@ def score(
     parts: Parts, questions: Mapping[int, Question], completions: Sequence[Completion],
     advantage: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[Scored]:  # fmt: skip
-    """Completions with their rewards, whose weighted sum is the reward; with the advantage of each against its
-    group, or 0."""
+    """Completions with their rewards, whose weighted sum counts, and advantages where these are wanted."""
     import torch
 
     pairs = [(completion.text, questions[completion.prompt_id].sample) for completion in completions]

@@ -11,6 +11,7 @@ from .config_loader import LoadedConfig, merge_recipe
 from .devices.base import Device
 from .devices.pick import pick_device, probe
 from .errors import ConfigError, PlanError
+from .graph_plan import graph_note, graph_refusal
 from .impl import DeviceInfo
 from .model.arch import Arch
 from .model.hf_config import read_hf_config
@@ -19,6 +20,7 @@ from .model.source import resolve_model
 from .needs import RunFacts, facts_of, needs_of
 from .plan import Plan
 from .plugins import load
+from .requirements import required_name
 from .resolve import replay, resolve
 
 TOGETHER = (
@@ -52,11 +54,24 @@ class PlannedRun:
     plan: Plan
     on_paper: bool = False
     """The device is not here: the plan tells what would run where it is."""
+    graph: bool = False
+    """Decode steps of the native engine are recorded in device graphs."""
 
     @property
     def config(self) -> Config:
         """The settings with the family's recipe below them."""
         return self.loaded.config
+
+    def packages(self) -> list[str]:
+        """Distributions that the chosen offers come from or require, such as a chip's build of torch."""
+        owners = {info.id: info.distribution for info in self.catalogue.plugins}
+        found = set()
+        for choice in self.plan.choices:
+            offer = self.catalogue.offer(choice.op, choice.chosen or "")
+            if offer is not None:
+                found.add(owners.get(offer.plugin))
+                found |= {required_name(requirement) for requirement in offer.impl.requires}
+        return sorted(name for name in found if name)
 
 
 def plan_run(
@@ -97,9 +112,11 @@ def plan_run(
         plan = replace(plan, notes=(why, *plan.notes))
     if facts.consistent:
         refuse_mixtures(plan)
+    why_not = graph_refusal(plan, catalogue, facts, loaded.config.rollout.graph)
+    plan = replace(plan, notes=(*plan.notes, *graph_note(why_not)))
     return PlannedRun(
         loaded=loaded, catalogue=catalogue, model_path=model_path, family=family, arch=arch, device=device,
-        info=info, facts=facts, plan=plan, on_paper=not said.found,
+        info=info, facts=facts, plan=plan, on_paper=not said.found, graph=why_not is None,
     )  # fmt: skip
 
 

@@ -27,6 +27,12 @@ def requirement_problem(requirement: str) -> str | None:
     return parsed if isinstance(parsed, str) else None
 
 
+def required_name(requirement: str) -> str | None:
+    """The distribution that a requirement is about, or None for a text that is none."""
+    parsed = _parse(requirement)
+    return None if isinstance(parsed, str) else parsed.name
+
+
 @functools.cache
 def installed_version(distribution: str) -> str | None:
     """Version of an installed distribution, or None; looked up once in a process."""

@@ -210,7 +210,7 @@ def _choose(question: _Question, weighed: _Weighed) -> Choice:
         op=weighed.op,
         chosen=chosen.id,
         load=chosen.impl.load,
-        reason=_reason(chosen, weighed, pin, fallback),
+        reason=_reason(chosen, weighed, pin, fallback) + _older(chosen, question.contracts[weighed.op]),
         rank=chosen.impl.rank,
         contract=chosen.impl.contract,
         pinned=pin is not None,
@@ -229,6 +229,13 @@ def _reason(chosen: Offer, weighed: _Weighed, pin: str | None, fallback: bool) -
             "" if not others else ", 1 other fits" if others == 1 else f", {others} others fit"
         )
     return reason + (", FALLBACK allowed by fallback: reference" if fallback else "")
+
+
+def _older(chosen: Offer, contract: Contract) -> str:
+    """What an offer of an earlier version is not told."""
+    written = chosen.impl.contract
+    missed = [name for name, (version, _) in contract.added.items() if version > written]
+    return f", written for contract {written}: without {', '.join(missed)}" if missed else ""
 
 
 def _passed_reason(offer: Offer, chosen: Offer | None, pin: str | None) -> str:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -86,11 +87,11 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def write_environment(run_dir: Path) -> None:
-    """Versions and machine, for whoever has to reproduce the run."""
+def write_environment(run_dir: Path, also: Sequence[str] = ()) -> None:
+    """Versions and machine, for whoever has to reproduce the run; `also` names more distributions."""
     names = ("grpo-core", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pluggy", "pydantic")
     found = {}
-    for name in names:
+    for name in dict.fromkeys((*names, *also)):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

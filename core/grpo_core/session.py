@@ -111,6 +111,7 @@ def build_rollout(
         router_dtype=config.train.router_dtype,
         float64="float64" in planned.plan.device.dtypes,
         consistent=planned.facts.consistent,
+        capture=getattr(planned.device, "capture", None) if planned.graph else None,
     )
     return backend.engine.rollout(setup)
 

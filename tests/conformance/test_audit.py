@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from grpo_conformance.audit.calls import UNKNOWN, read_module
+from grpo_conformance.audit.calls import UNKNOWN
 from grpo_conformance.audit.check import Audit, audit
-from grpo_conformance.audit.extract import python_names, schemas, surface
+from grpo_conformance.audit.extract import extend
+from grpo_conformance.audit.libraries import python_names, schemas
+from grpo_conformance.audit.read import read_module
 from grpo_conformance.audit.signatures import parse
 from grpo_conformance.audit.surface import RULES, SCHEMA, SURFACE, load
 from grpo_core.errors import ConfigError
@@ -57,11 +59,14 @@ def plugin(folder: Path, text: str, name: str = "ops") -> Path:
     package.mkdir(exist_ok=True)
     (package / "__init__.py").write_text("", encoding="utf-8")
     (package / f"{name}.py").write_text(text, encoding="utf-8")
-    wheels = {version: {} for version in ("1.0", "1.1", "2.0")}
-    content = {"schema": SCHEMA, "distribution": "torch-acme", "roots": ["torch_acme", "torch.ops.acme"],
-               "wheels": wheels, "ops": OPS}  # fmt: skip
+    archives = {version: {} for version in ("1.0", "1.1", "2.0")}
+    acme = {"distribution": "torch-acme", "roots": ["torch_acme", "torch.ops.acme"], "undeclared": ["acme."],
+            "archives": archives, "ops": OPS}  # fmt: skip
+    content = {"schema": SCHEMA, "packages": [acme]}
     (package / SURFACE).write_text(json.dumps(content), encoding="utf-8")
-    (package / RULES).write_text(json.dumps({"rules": RULES_OF}), encoding="utf-8")
+    (package / RULES).write_text(
+        json.dumps({"rules": {f"torch_acme.{op}": rule for op, rule in RULES_OF.items()}}), encoding="utf-8"
+    )
     return package
 
 
@@ -83,7 +88,7 @@ def kinds(result: Audit) -> list[str]:
 def test_sound_code_has_no_findings(tmp_path: Path) -> None:
     result = run(tmp_path, GOOD, offer("ops:run", "attend", backward=True))
     assert not result.findings and result.calls == 1
-    assert result.offers == (("mlp.swiglu acme", ("attend",), ("1.0", "1.1", "2.0")),)
+    assert result.offers == (("mlp.swiglu acme", ("torch_acme.attend",), ("1.0", "1.1", "2.0")),)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +166,17 @@ def test_a_function_of_autograd_around_it_mends_that(tmp_path: Path) -> None:
     assert kinds(run(tmp_path, HEAD + outside, wrapped)) == ["no gradient"]
 
 
+def test_a_function_that_is_handed_to_one_of_autograd(tmp_path: Path) -> None:
+    text = FUNCTION.replace("torch_acme.product([x], [w], kind=0)[0]", "ctx.kernel(x, w)")
+    text = text.replace("return apply(x, w)", "return apply(kernel, x)") + (
+        "\n\ndef kernel(x, w):\n    return torch_acme.product([x], [w], kind=0)[0]\n"
+    )
+    given = offer("ops:run", "product", backward=True)
+    assert not run(tmp_path, HEAD + text, given).findings
+    straight = text.replace("return apply(kernel, x)", "f = kernel\n    return f(x, w)")
+    assert kinds(run(tmp_path, HEAD + straight, given)) == ["no gradient"]
+
+
 def test_symbols_are_what_is_called(tmp_path: Path) -> None:
     result = run(tmp_path, GOOD, offer("ops:run", "fresh"))
     assert [finding.what for finding in result.findings] == [
@@ -181,6 +197,16 @@ def test_calls_are_followed_through_imports_methods_and_bases(tmp_path: Path) ->
         "    make(x)\n\ndef make(x):\n    return Layer()\n"
     )
     result = run(tmp_path, text, offer("ops:run", "product"), offer("ops:Layer", "product"))
+    assert not result.findings
+
+
+def test_calls_are_followed_through_modules_and_tables(tmp_path: Path) -> None:
+    plugin(tmp_path, HEAD + "def write(x):\n    torch_acme.product([x], [x], kind=1)\n", "base")
+    text = HEAD + (
+        "from . import base\n\nTABLE = {'write': base.write}\n\n"
+        "def run(x):\n    TABLE['write'](x)\n\ndef straight(x):\n    base.write(x)\n"
+    )
+    result = run(tmp_path, text, offer("ops:run", "product"), offer("ops:straight", "product"))
     assert not result.findings
 
 
@@ -240,7 +266,7 @@ def test_python_names_as_the_package_exports_them() -> None:
 def test_a_surface_made_from_wheels(tmp_path: Path) -> None:
     import zipfile
 
-    wheels = []
+    wheels: list[Path] = []
     for version, text in (("1.0", "npu_op(Tensor x)"), ("2.0", "npu_op(Tensor x, int n=1)")):
         path = tmp_path / f"torch_acme-{version}-cp311-cp311-manylinux_2_28_aarch64.whl"
         with zipfile.ZipFile(path, "w") as wheel:
@@ -248,10 +274,14 @@ def test_a_surface_made_from_wheels(tmp_path: Path) -> None:
             newer = b"NpuOpBackward0\x00Options\x00" if version == "2.0" else b""
             wheel.writestr("torch_acme/lib/lib.so", blob + newer)
         wheels.append(path)
-    made = surface(wheels, ["npu_op", "gone", "_C.Options"], "torch-acme", ["torch_acme"])
+    made = {"distribution": "torch-acme", "roots": ["torch_acme"]}
+    extend(made, {"1.0": wheels[:1]}, ["npu_op", "gone", "_C.Options"])
+    extend(made, {"2.0": wheels[1:]}, ["npu_op"])
     assert [(row["versions"], row["gradient"]) for row in made["ops"]["npu_op"]] == [
         (["1.0"], False),
         (["2.0"], True),
     ]
-    assert "gone" not in made["ops"] and made["ops"]["_C.Options"][0]["versions"] == ["2.0"]
-    assert set(made["wheels"]["1.0"]) == {"file", "sha256"}
+    assert "gone" not in made["ops"] and "_C.Options" not in made["ops"]
+    extend(made, {"2.0": wheels[1:]}, ["_C.Options"])
+    assert made["ops"]["_C.Options"][0]["versions"] == ["2.0"]
+    assert list(made["archives"]) == ["1.0", "2.0"] and wheels[0].name in made["archives"]["1.0"]

@@ -31,6 +31,7 @@ def test_the_bundled_plugins_load_without_failure() -> None:
         ("conformance", "grpo-core"),
         ("core", "grpo-core"),
         ("cpu", "grpo-core"),
+        ("cuda", "grpo-core"),
         ("models", "grpo-core"),
         ("sim", "grpo-core"),
     ]
@@ -161,7 +162,7 @@ def test_a_plugin_cannot_take_a_command_of_the_core() -> None:
 
     catalogue = load(extra={"acme": plugin(commands=commands)})
     assert (
-        sorted(catalogue.commands) == ["bench", "conformance", "tune"]
+        sorted(catalogue.commands) == ["bench", "compare", "conformance", "tune"]
         and catalogue.owners["command:tune"] == "acme"
     )
     assert "command 'train' belongs to 'core'" in failures(catalogue, "acme")[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_core import requirements
-from grpo_core.requirements import installed_version, requirement_problem, unmet
+from grpo_core.requirements import installed_version, required_name, requirement_problem, unmet
 
 
 @pytest.fixture
@@ -61,3 +61,10 @@ def test_text_that_is_no_requirement_says_why() -> None:
     assert "torch two" not in str(requirement_problem("torch>=2"))
     assert requirement_problem("torch two")
     assert "cannot be read" in str(unmet("torch two"))
+
+
+@pytest.mark.parametrize(
+    ("requirement", "name"), [("acme-rt[extra]>=2,!=2.1; sys_platform == 'linux'", "acme-rt"), ("!", None)]
+)
+def test_the_distribution_of_a_requirement(requirement: str, name: str | None) -> None:
+    assert required_name(requirement) == name

@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo_core import hookspecs, registry
 from grpo_core.backend import import_pointer
-from grpo_core.devices.base import Device, Probe
+from grpo_core.devices.base import Device, Graph, GraphDevice, Probe
 from grpo_core.impl import DeviceInfo, Impl, Need
 from grpo_core.model.plugin import ModelPlugin
 from grpo_core.ops.contract import CONTRACTS
@@ -28,6 +28,8 @@ PARTS = (
     "grpo_core.rollout.base:RolloutSetup", "grpo_core.train.base:TrainSetup", "grpo_core.types:Sample",
     "grpo_core.types:Sampling", "grpo_core.types:Prompt", "grpo_core.types:Completion",
     "grpo_core.types:Batch", "grpo_core.algo.loss:PolicyLoss", "grpo_core.algo.loss:LossTerms",
+    "grpo_core.devices.doctor:Doctor", "grpo_core.devices.doctor:Check", "grpo_core.devices.doctor:Row",
+    "grpo_core.devices.doctor:Step",
 )  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def surface() -> str:
         ]
         lines += [f"  added {name}: {value!r}" for name, value in contract.added.items()]
         lines += [f"  {line}" for line in _members(import_pointer(contract.protocol))]
-    for served in (*RECORDS, Device, ModelPlugin, *map(import_pointer, PARTS)):
+    for served in (*RECORDS, Device, GraphDevice, Graph, ModelPlugin, *map(import_pointer, PARTS)):
         lines += ["", f"{'record' if dataclasses.is_dataclass(served) else 'protocol'} {served.__name__}"]
         lines += [f"  {line}" for line in _members(served)]
     lines += ["", "registry"]

@@ -18,7 +18,7 @@ PACKAGES = [CORE, *sorted((ROOT / "plugins").glob("*/grpo_*")), ROOT / "conforma
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PLUGINS: dict[str, str] = PYPROJECT["project"]["entry-points"]["grpo.plugins"]
 VENDORS = ("torch_npu", "mindspeed", "vllm", "vllm_ascend", "sglang", "transformer_engine", "flash_attn",
-           "megatron", "ray", "triton")  # fmt: skip
+           "megatron", "ray", "triton", "fla")  # fmt: skip
 CHIP_WORDS = ("cuda", "npu", "nccl", "hccl")
 MAX_FILE, MAX_FUNCTION = 500, 60
 

@@ -1,4 +1,4 @@
-"""The audit: every call of a plugin against every version of the vendor's package that it admits."""
+"""The audit: every call of a plugin against every version of the vendor's packages that it admits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 
 from grpo_core.impl import Impl
 
-from .calls import UNKNOWN, Call, read_package
+from .calls import Call, Module
+from .fit import op_of, problems
+from .names import under
 from .reach import Reached, half_functions, reached
-from .surface import Op, Rule, Surface
+from .read import parse_package, read_package
+from .surface import Rule, Surface
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,15 +21,17 @@ class Finding:
     """Something that is wrong, or may be."""
 
     kind: str
-    """"unknown op", "unknown keyword", "too many positionals", "missing argument", "given twice", "value",
-    "not explicit", "goes together", "no gradient", "half a backward", "symbols", "versions"."""
+    """"unknown op", "unknown keyword", "positional only", "too many positionals", "missing argument", "given
+    twice", "position", "default", "value", "not explicit", "goes together", "forbidden", "meaning", "no
+    gradient", "half a backward", "symbols", "versions", "rule"."""
     where: str
     """"module:line", or the offer."""
     what: str
     versions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        versions = f" in {', '.join(self.versions)}" if self.versions else ""
+        shown = self.versions if len(self.versions) < 5 else (self.versions[0], "...", self.versions[-1])
+        versions = f" in {', '.join(shown)}" if shown else ""
         return f"{self.where}: {self.kind}: {self.what}{versions}"
 
 
@@ -37,49 +42,111 @@ class Audit:
     findings: tuple[Finding, ...]
     calls: int
     offers: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
-    """(op and name, ops of the vendor that it can reach, versions that it was held against)."""
+    """(op and name, what of one package it can reach, versions of that package that it was held against); one
+    row for each package, and one at least."""
 
 
-def audit(folder: Path, offers: Sequence[Impl], surface: Surface) -> Audit:
-    """Hold a plugin's package against a vendor's surface. Raises SyntaxError for sources that are none."""
-    modules = read_package(folder, surface.roots)
-    calls = [call for module in modules.values() for scope in module.scopes.values() for call in scope.calls]
-    findings: list[Finding] = []
-    admitted: dict[tuple[str, int, str], set[str]] = {}
-    rows = []
-    for impl in offers:
-        versions = surface.admitted(impl.requires)
-        found = reached(impl.load, modules)
-        rows.append((f"{impl.op} {impl.name}", tuple(sorted({one.call.op for one in found})), versions))
-        findings += _offer(impl, found, versions, surface)
-        for one in found:
-            admitted.setdefault(_place(one.call), set()).update(versions)
-    everywhere = {version for _, _, versions in rows for version in versions} or set(surface.versions)
-    for call in calls:
-        # What no offer reaches, such as the device, must do with every version that any offer admits.
-        findings += _call(call, admitted.get(_place(call), everywhere), surface)
-    findings += [
-        Finding(kind="half a backward", where=f"{scope.module}.{scope.name}", what=f"it has no {missing}")
-        for scope, missing in half_functions(modules)
-    ]
-    return Audit(findings=tuple(findings), calls=len(calls), offers=tuple(rows))
+def audit(folder: Path, offers: Sequence[Impl], surfaces: Sequence[Surface]) -> Audit:
+    """Hold a plugin's package against a vendor's surfaces. Raises SyntaxError for sources that are none."""
+    findings: dict[Finding, None] = {}
+    rows: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {_title(impl): [] for impl in offers}
+    number = 0
+    parsed = parse_package(folder)
+    for surface in surfaces:
+        modules = read_package(parsed, surface.roots, surface.only)
+        calls = [
+            call for module in modules.values() for scope in module.scopes.values() for call in scope.calls
+        ]
+        number += len(calls)
+        admitted: dict[tuple[str, int, str], set[str]] = {}
+        for impl in offers:
+            versions = surface.admitted(impl.requires)
+            found = reached(impl.load, modules)
+            for one in found:
+                admitted.setdefault(_place(one.call), set()).update(versions)
+            findings |= dict.fromkeys(_offer(impl, found, versions, surface))
+            if found or len(surfaces) == 1:
+                ops = sorted({f"{surface.roots[0]}.{_declared(one.call)}" for one in found})
+                rows[_title(impl)].append((tuple(ops), versions))
+        findings |= dict.fromkeys(_package(modules, calls, admitted, offers, surface))
+        findings |= dict.fromkeys(_rules(surface))
+    findings |= dict.fromkeys(_strangers(offers, surfaces))
+    table = [(title, ops, versions) for title, of in rows.items() for ops, versions in of or [((), ())]]
+    return Audit(findings=tuple(findings), calls=number, offers=tuple(table))
+
+
+def _title(impl: Impl) -> str:
+    return f"{impl.op} {impl.name}"
 
 
 def _place(call: Call) -> tuple[str, int, str]:
     return call.module, call.line, call.op
 
 
+def _declared(call: Call) -> str:
+    """What an offer lists for a call: the class, where it is one of an instance."""
+    return call.op.partition("()")[0]
+
+
+def _package(
+    modules: Mapping[str, Module], calls: Sequence[Call], admitted: Mapping[tuple[str, int, str], set[str]],
+    offers: Sequence[Impl], surface: Surface,
+) -> Iterator[Finding]:  # fmt: skip
+    """Every call and every name, whether or not an offer reaches it."""
+    # What no offer reaches, such as the device, must do with every version that any offer admits.
+    any_of_them = {version for impl in offers for version in surface.admitted(impl.requires)}
+    everywhere = any_of_them or set(surface.versions)
+    for call in calls:
+        yield from _call(call, admitted.get(_place(call), everywhere), surface)
+    if surface.python:
+        for module in modules.values():
+            for scope in module.scopes.values():
+                for mention in scope.mentions:
+                    yield from _missing(mention.op, f"{mention.module}:{mention.line}", everywhere, surface)
+    for scope, missing in half_functions(modules):
+        yield Finding(
+            kind="half a backward", where=f"{scope.module}.{scope.name}", what=f"it has no {missing}"
+        )
+
+
+def _rules(surface: Surface) -> Iterator[Finding]:
+    """Rules that can never speak: of an op or an argument that no version has."""
+    for name, rule in surface.rules.items():
+        known = [ops[name] for ops in surface.ops.values() if name in ops]
+        signatures = [one for op in known for one in op.signatures]
+        arguments = {name for one in signatures for name in (*one.positional, *one.keywords)}
+        told = {*rule.explicit, *rule.values, *rule.forbidden, *rule.changed, *rule.harmless}
+        told |= {one for row in rule.together for one in (*row["when"], *row.get("given", ()),
+                 *row.get("without", ()), *row.get("values", ()))}  # fmt: skip
+        if any(one.more_keywords for one in signatures):
+            told = set()
+        for what in [name] if not known else sorted(told - arguments - {""}):
+            where = f"rule {surface.roots[0]}.{name}"
+            yield Finding(kind="rule", where=where, what=f"no version of {surface.distribution} has {what}")
+
+
+def _missing(op: str, where: str, versions: Iterable[str], surface: Surface) -> Iterator[Finding]:
+    """A name that no version has; one that only some lack is judged where it is called."""
+    if not any(op in surface.ops[version] for version in versions):
+        yield Finding(kind="unknown op", where=where, what=f"{surface.roots[0]}.{op}")
+
+
 def _offer(
     impl: Impl, found: Sequence[Reached], versions: Sequence[str], surface: Surface
 ) -> Iterator[Finding]:
-    where = f"offer {impl.op} {impl.name}"
+    where = f"offer {_title(impl)}"
     if found and not versions:
         what = f"its requires {list(impl.requires)} admit no known version of {surface.distribution}"
         yield Finding(kind="versions", where=where, what=what)
-    called = {one.call.op for one in found if not one.call.op.startswith(("npu.", "_C."))}
-    declared = {_bare(symbol, surface.roots) for symbol in impl.symbols}
+    if found and (old := surface.too_old(impl.requires)):
+        what = f"its requires admit {surface.distribution} {old[0]}, which nobody looked at"
+        yield Finding(kind="versions", where=where, what=what)
+    called = {_declared(one.call) for one in found}
+    declared = {op for symbol in impl.symbols if (op := under(symbol, surface.roots)) is not None
+                and _is_of(op, surface)}  # fmt: skip
     for op in sorted(called - declared):
-        yield Finding(kind="symbols", where=where, what=f"{op} is called and not declared")
+        if not op.startswith(surface.undeclared):
+            yield Finding(kind="symbols", where=where, what=f"{op} is called and not declared")
     for op in sorted(declared - called):
         yield Finding(kind="symbols", where=where, what=f"{op} is declared and not called")
     if impl.backward:
@@ -88,15 +155,27 @@ def _offer(
                 yield from _gradient(impl, one.call, versions, surface)
 
 
-def _bare(symbol: str, roots: Sequence[str]) -> str:
-    """The name after the root."""
-    return next((symbol[len(root) + 1 :] for root in roots if symbol.startswith(root + ".")), symbol)
+def _is_of(op: str, surface: Surface) -> bool:
+    """Whether a name under a root is one that this surface looks at."""
+    starts = tuple(one.rstrip("*") for one in surface.only)
+    return not starts or op.startswith(starts)
+
+
+def _strangers(offers: Sequence[Impl], surfaces: Sequence[Surface]) -> Iterator[Finding]:
+    for impl in offers:
+        for symbol in impl.symbols:
+            if all((op := under(symbol, one.roots)) is None or not _is_of(op, one) for one in surfaces):
+                what = f"{symbol} is of no package with a surface"
+                yield Finding(kind="symbols", where=f"offer {_title(impl)}", what=what)
 
 
 def _gradient(impl: Impl, call: Call, versions: Sequence[str], surface: Surface) -> Iterator[Finding]:
-    lacking = [
-        version for version in versions if (op := surface.ops[version].get(call.op)) and not op.gradient
-    ]
+    lacking = []
+    for version in versions:
+        name, known = op_of(call, surface.ops[version])
+        op = surface.ops[version].get(name) if known else None
+        if op is not None and not op.gradient and surface.rules.get(name, Rule()).returns:
+            lacking.append(version)
     if lacking:
         yield Finding(
             kind="no gradient", where=f"{call.module}:{call.line}", versions=tuple(lacking),
@@ -107,68 +186,8 @@ def _gradient(impl: Impl, call: Call, versions: Sequence[str], surface: Surface)
 
 def _call(call: Call, versions: Iterable[str], surface: Surface) -> Iterator[Finding]:
     """What is wrong with one call, equal findings of several versions as one."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for version in (one for one in surface.versions if one in set(versions)):
-        op = surface.ops[version].get(call.op)
-        problems = [("unknown op", call.op)] if op is None else list(_misfit(call, op))
-        for problem in problems:
-            found.setdefault(problem, []).append(version)
-    where = f"{call.module}:{call.line}"
-    for (kind, what), bad in found.items():
-        yield Finding(kind=kind, where=where, what=_named(what, call), versions=tuple(bad))
-    rule = surface.rules.get(call.op)
-    if rule is not None:
-        for kind, what in _against(call, rule, _arguments(call, surface)):
-            yield Finding(kind=kind, where=where, what=_named(what, call))
-
-
-def _named(what: str, call: Call) -> str:
-    return what if what.startswith(call.op) else f"{call.op}: {what}"
-
-
-def _misfit(call: Call, op: Op) -> Iterable[tuple[str, str]]:
-    """The problems with the overload that fits best."""
-    if not op.signatures:
-        return ()
-    # `out=` belongs to the overload of that name, which the schemas list beside the others.
-    tried = [
-        signature.problems(len(call.positional), list(call.keywords), starred=call.starred)
-        for signature in op.signatures
-    ]
-    return min(tried, key=len)
-
-
-def _arguments(call: Call, surface: Surface) -> Mapping[str, tuple[object, ...]]:
-    """Possible values of every argument by its name, positional ones named by the newest schema."""
-    signatures = next(
-        (surface.ops[version][call.op].signatures for version in reversed(surface.versions)
-         if call.op in surface.ops[version]), (),
-    )  # fmt: skip
-    names = signatures[0].positional if signatures else ()
-    return {**dict(zip(names, call.positional, strict=False)), **call.keywords}
-
-
-def _against(call: Call, rule: Rule, given: Mapping[str, tuple[object, ...]]) -> Iterator[tuple[str, str]]:
-    source = f" ({rule.source})" if rule.source else ""
-    for name in rule.explicit:
-        if name not in given and not call.starred:
-            yield "not explicit", f"{name} must be given: versions differ in its default{source}"
-    for name, allowed in rule.values.items():
-        wrong = [value for value in given.get(name, ()) if value is not UNKNOWN and value not in allowed]
-        if wrong:
-            yield "value", f"{name}={wrong[0]!r} is none of {list(allowed)}{source}"
-    for row in rule.together:
-        if all(_may_be(given.get(name), value) for name, value in row["when"].items()):
-            missing = [name for name in row["given"] if given.get(name, (None,)) == (None,)]
-            if missing and not call.starred:
-                yield "goes together", f"{row['why']}: {', '.join(missing)} not given"
-
-
-def _may_be(values: tuple[object, ...] | None, wanted: object) -> bool:
-    """Whether an argument may have a value, or one of a list; None asks only whether it is given."""
-    if values is None or values == (None,):
-        return False
-    if wanted is None:
-        return True
-    options = wanted if isinstance(wanted, list) else [wanted]
-    return any(value in options for value in values if value is not UNKNOWN)
+    wanted = set(versions)
+    held = [version for version in surface.versions if version in wanted]
+    for (kind, what), bad in problems(call, held, surface):
+        text = what if what.startswith(call.op.partition("()")[0]) else f"{call.op}: {what}"
+        yield Finding(kind=kind, where=f"{call.module}:{call.line}", what=text, versions=tuple(bad))

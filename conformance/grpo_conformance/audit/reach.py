@@ -87,7 +87,18 @@ def _members(scope: Scope, modules: Mapping[str, Module]) -> list[Scope]:
     return own + [found for base in scope.bases for found in _lookup(scope.module, base, modules)]
 
 
+def _at(path: str, modules: Mapping[str, Module]) -> list[Scope]:
+    """The scope at a path of the package."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if (module := ".".join(parts[:end])) in modules:
+            return _lookup(module, ".".join(parts[end:]), modules)
+    return []
+
+
 def _meant(reference: Reference, here: Module, modules: Mapping[str, Module]) -> Iterable[Scope]:
+    if reference.path:
+        return _at(reference.path, modules)
     if not reference.method:
         named = _lookup(here.name, reference.name, modules)
         return [scope for scope in named if reference.run or not scope.is_class]

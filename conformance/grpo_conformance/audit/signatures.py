@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 _ARGUMENT = re.compile(r"(?P<type>\S.*?)\s+(?P<name>\w+)\s*(?:=(?P<default>.*))?$", re.DOTALL)
 
@@ -19,7 +20,11 @@ class Signature:
     """Arguments that may be given by position, in their order."""
     keywords: tuple[str, ...] = ()
     """Arguments that may be given by keyword only."""
+    unnamed: frozenset[str] = frozenset()
+    """Those of `positional` that may not be given by keyword."""
     required: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Argument -> its value where it is a literal, else its text."""
     more_positional: bool = False
     more_keywords: bool = False
 
@@ -31,12 +36,17 @@ class Signature:
         found = []
         known = {*self.positional, *self.keywords}
         unknown = [name for name in given if name not in known]
-        if unknown and not self.more_keywords:
-            found.append(("unknown keyword", ", ".join(unknown)))
+        if unknown:
+            # What ends in **kwargs is seldom read there: a misspelt argument is lost without a word.
+            lost = " is swallowed by **" if self.more_keywords else ""
+            found.append(("unknown keyword", ", ".join(unknown) + lost))
+        named = [name for name in given if name in self.unnamed]
+        if named:
+            found.append(("positional only", f"{', '.join(named)} cannot be given by keyword"))
         if count > len(self.positional) and not starred and not self.more_positional:
             found.append(("too many positionals", f"{count} given, {len(self.positional)} taken"))
         first = self.positional[:count]
-        twice = [name for name in given if name in first]
+        twice = [name for name in given if name in first and name not in self.unnamed]
         if twice:
             found.append(("given twice", ", ".join(twice)))
         missing = sorted(self.required - {*given, *first})
@@ -58,7 +68,7 @@ def parse(text: str) -> Signature:
         raise ValueError(f"no schema: {text[:80]!r}")
     positional: list[str] = []
     keywords: list[str] = []
-    required = set()
+    defaults = {}
     into = positional
     for part in _split(text[start + 1 : end]):
         if part == "*":
@@ -68,10 +78,21 @@ def parse(text: str) -> Signature:
         if match is None:
             raise ValueError(f"no argument of a schema: {part!r} in {text[:80]!r}")
         into.append(match["name"])
-        if match["default"] is None:
-            required.add(match["name"])
+        if match["default"] is not None:
+            defaults[match["name"]] = _literal(match["default"])
+    required = frozenset({*positional, *keywords} - defaults.keys())
     # torch calls a schema's first argument "self" or "input"; the bindings take both.
-    return Signature(positional=tuple(positional), keywords=tuple(keywords), required=frozenset(required))
+    return Signature(
+        positional=tuple(positional), keywords=tuple(keywords), required=required, defaults=defaults
+    )
+
+
+def _literal(text: str) -> Any:
+    """A value, so that 1. and 1.0 are one default; text where it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _split(text: str) -> list[str]:
@@ -102,12 +123,16 @@ def _python(text: str) -> Signature:
     assert isinstance(function, ast.FunctionDef)
     args = function.args
     positional = [arg.arg for arg in (*args.posonlyargs, *args.args)]
-    without = positional[: len(positional) - len(args.defaults)]
-    bare = [arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if not default]
+    without = len(positional) - len(args.defaults)
+    given = dict(zip(positional[without:], args.defaults, strict=True))
+    given |= {arg.arg: one for arg, one in zip(args.kwonlyargs, args.kw_defaults, strict=True) if one}
+    keywords = tuple(arg.arg for arg in args.kwonlyargs)
     return Signature(
         positional=tuple(positional),
-        keywords=tuple(arg.arg for arg in args.kwonlyargs),
-        required=frozenset([*without, *bare]),
+        keywords=keywords,
+        unnamed=frozenset(arg.arg for arg in args.posonlyargs),
+        required=frozenset({*positional, *keywords} - given.keys()),
+        defaults={name: _literal(ast.unparse(value)) for name, value in given.items()},
         more_positional=args.vararg is not None,
         more_keywords=args.kwarg is not None,
     )

@@ -21,9 +21,10 @@ SECONDS = 240.0
 def cases(target: Target, *, quick: bool) -> Iterable[Case]:
     """The same questions for each kind of model, in each dtype that the device declares.
 
-    A kind that nothing on the device serves, and `consistent` where the offers do not declare it, are told
-    when the plan is made, as not declared. `quick` asks all questions in one dtype, agreement in both, of the
-    dense kind alone; of MLA those that it could answer otherwise, and nothing of gated delta.
+    A kind that nothing on the device serves, and `consistent` and device graphs where the offers do not
+    declare them, are told when the plan is made, as not declared. `quick` asks all questions in one dtype,
+    agreement in both, of the dense kind alone; of MLA those that it could answer otherwise, and nothing of
+    gated delta.
     """
     dtypes = [dtype for dtype in DTYPES if dtype in target.probe.info.dtypes]
     chosen = dtypes[:1] if quick else dtypes
@@ -34,6 +35,7 @@ def cases(target: Target, *, quick: bool) -> Iterable[Case]:
         for dtype in chosen:
             yield _case(kind, "agreement", "consistent", dtype=dtype)
             yield _case(kind, "sync", "sync", dtype=dtype)
+            yield _case(kind, "graphs", "graphs", dtype=dtype)
         if whole:
             yield from _endurance(kind, chosen, quick=quick)
         if kind != DENSE:

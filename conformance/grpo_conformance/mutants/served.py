@@ -11,6 +11,9 @@ from grpo_core.ops.contract import CONTRACTS
 from .mutant import healthy_offers
 from .table import MUTANTS
 
+RECORDED = ("attention.decode",)
+"""Ops that read of `common` what lets a graph record them."""
+
 
 @functools.cache
 def __getattr__(name: str) -> Any:
@@ -22,5 +25,12 @@ def __getattr__(name: str) -> Any:
         return healthy
     if CONTRACTS[mutant.where].kind == "class":
         return mutant.how(healthy)
+
+    def faulty(*given: Any, **named: Any) -> Any:
+        if mutant.where not in RECORDED:
+            # Lengths on the host would be right where the fault is in those on the device.
+            named.pop("common", None)
+        return mutant.how(healthy, *given, **named)
+
     # The signature of what works, so that nothing notices the fault before it is asked.
-    return functools.update_wrapper(functools.partial(mutant.how, healthy), healthy)
+    return functools.update_wrapper(faulty, healthy)

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import oracles
 from .facts import Facts
 from .family import Family
-from .question import DTYPES, Question, Tensors, cumulative, normal, seeded
+from .question import DTYPES, HOSTED, Question, Tensors, cumulative, hint, normal, seeded
 
 AXES: Mapping[str, Sequence[Any]] = {
     "head_dim": (32, 16, 64, 128),
@@ -38,6 +38,7 @@ LENGTHS: Mapping[str, tuple[list[int], list[int]]] = {
 USUAL: Mapping[str, Facts] = {
     "length 1": {}, "ragged": {}, "above 2^16 elements": {}, "large scores": {}, "rows with gaps": {},
     "isolation": {}, "windows": {"window": True}, "wider values": {"v_head_dim": 64}, "all alike": {},
+    HOSTED: {},
 }  # fmt: skip
 PLAIN: Mapping[str, Facts] = {
     **USUAL, "one sequence of maximal length": {}, "no tokens": {}, "not causal": {},
@@ -45,7 +46,7 @@ PLAIN: Mapping[str, Facts] = {
 TREES: Mapping[str, Facts] = {
     **USUAL, "families": {}, "empty child and empty prompt": {}, "long beside short": {},
 }  # fmt: skip
-QUICK = ("ragged", "families", "above 2^16 elements", "windows", "isolation", "all alike")
+QUICK = ("ragged", "families", "above 2^16 elements", "windows", "isolation", "all alike", HOSTED)
 COMMON = 96.0
 """Of all scores of "all alike": weights that are rounded before it is taken off are off by a quarter of it in
 bfloat16, and sums of values that are all near `VALUES` stand still when they are kept in bfloat16."""
@@ -104,8 +105,9 @@ def _question(
     def call(implementation: Any, given: Tensors) -> Tensor:
         named = {name: given[name] for name in given if name not in ("q", "k", "v")}
         o_THE: Tensor = implementation(
-            given["q"], given["k"], given["v"], max_seqlen=longest, **named, **rest
-        )
+            given["q"], given["k"], given["v"], max_seqlen=longest, **named, **rest,
+            **hint(label, lengths, parents if "parents" in given else None),
+        )  # fmt: skip
         return o_THE
 
     def oracle(given: Tensors) -> Tensor:
@@ -151,6 +153,6 @@ def _poisoned(question: Question, lengths: Sequence[int], parents: Sequence[int]
 
 
 FAMILIES = {
-    op: Family(axes=AXES, shapes=shapes, quick=QUICK, questions=questions, ends=ENDS)
+    op: Family(axes=AXES, shapes=shapes, quick=QUICK, questions=questions, ends=ENDS, since={HOSTED: 1})
     for op, shapes in (("attention.varlen", PLAIN), ("attention.shared_prefix", TREES))
 }

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from .delta_oracles import conv, delta_rule
 from .facts import Facts
 from .family import Family
-from .question import DTYPES, Question, Tensors, cumulative, normal, seeded
+from .question import DTYPES, HOSTED, Question, Tensors, cumulative, hint, normal, seeded
 
 SCALE = 0.3
 LENGTHS: Mapping[str, list[int]] = {
@@ -25,7 +25,7 @@ LENGTHS: Mapping[str, list[int]] = {
 }
 WHOLE: Mapping[str, Facts] = {
     **{name: {} for name in LENGTHS}, "above 2^16 elements": {}, "isolation": {}, "rows with gaps": {},
-    "zero start": {}, "output alone": {},
+    "zero start": {}, "output alone": {}, HOSTED: {},
 }  # fmt: skip
 DECAYS: Mapping[str, Facts] = {"no decay": {}, "strong decay": {}, "mixed decay": {}}
 STEPS: Mapping[str, Facts] = {
@@ -96,7 +96,7 @@ def _chunk(label: str, facts: Facts, dtype: torch.dtype, lengths: list[int], hea
     def call(implementation: Any, given: Tensors) -> Any:
         o_TKE, last = implementation(
             *_five(given), cu_seqlens=given["cu_seqlens"],
-            scale=SCALE, initial_state_SKDE=given.get("state"), final_state=final,
+            scale=SCALE, initial_state_SKDE=given.get("state"), final_state=final, **hint(label, lengths),
         )  # fmt: skip
         # A state that nobody asked for must not come: laid out as a result too many.
         return o_TKE, last
@@ -155,7 +155,8 @@ def conv_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Qu
 
     def call(implementation: Any, given: Tensors) -> Any:
         return implementation(given["x"], given["w"], cu_seqlens=given["cu_seqlens"],
-                              initial_state_SCW=given.get("state"), final_state=final)  # fmt: skip
+                              initial_state_SCW=given.get("state"), final_state=final,
+                              **hint(shape, lengths))  # fmt: skip
 
     def oracle(given: Tensors) -> Any:
         y_TC, last = conv(given["x"], given["w"], given.get("state"), lengths)
@@ -230,14 +231,16 @@ def _one_sick_slot(question: Question, rows: Sequence[str]) -> Question:
 
 FAMILIES = {
     "gated_delta.chunk": Family(
-        axes=DELTA_AXES, shapes={**WHOLE, **DECAYS}, quick=QUICK, questions=chunk_questions, ends=DELTA_ENDS
+        axes=DELTA_AXES, shapes={**WHOLE, **DECAYS}, quick=QUICK, questions=chunk_questions, ends=DELTA_ENDS,
+        since={HOSTED: 1},
     ),
     "gated_delta.step": Family(
         axes=DELTA_AXES, shapes={**STEPS, **DECAYS}, quick=QUICK, questions=delta_step_questions,
         ends=DELTA_ENDS,
     ),
     "short_conv.varlen": Family(
-        axes=CONV_AXES, shapes=WHOLE, quick=QUICK, questions=conv_questions, ends=CONV_ENDS
+        axes=CONV_AXES, shapes=WHOLE, quick=QUICK, questions=conv_questions, ends=CONV_ENDS,
+        since={HOSTED: 1},
     ),
     "short_conv.step": Family(
         axes=CONV_AXES, shapes=STEPS, quick=QUICK, questions=conv_step_questions, ends=CONV_ENDS

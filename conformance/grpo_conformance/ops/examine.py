@@ -103,7 +103,7 @@ def answer_of(implementation: Any, question: Question, device: torch.device, bac
     after = dict(zip(question.names[len(returned) :], question.written, strict=True))
     values = {name: x.detach().cpu() for name, x in named.items()}
     values |= {name: tensors[given].detach().cpu() for name, given in after.items()}
-    return Answer(values=values | gradients, wrong=damage(guarded, question.written))
+    return Answer(values=values | gradients, wrong=damage(guarded, (*question.written, *question.spent)))
 
 
 def _lowered(question: Question) -> Question:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_core.backend import import_pointer
 from grpo_core.catalogue import Offer
+from grpo_core.devices.graphs import FEATURE
 from grpo_core.plugin_checks import CACHE_OF, CACHES
 from grpo_core.plugins import Raised, attempt
 
@@ -79,6 +80,10 @@ def _cached(target: Target, offer: Offer, dtype: str, facts: Facts) -> str | Non
 
 def graph(target: Target, *, op: str, offer_id: str, dtype: str, facts: Mapping[str, Any]) -> Outcome:
     """A captured call, replayed on new inputs, gives what a plain call gives on them."""
+    if FEATURE not in target.probe.info.features:
+        return Outcome(status="not_declared", message=f"{target.device.name} has no feature {FEATURE!r}")
+    # A vendor's package gives torch the module that has the graphs.
+    target.device.open(0)
     graphs = graphs_of(target.device.type)
     if isinstance(graphs, str):
         return Outcome(status="not_declared", message=graphs)

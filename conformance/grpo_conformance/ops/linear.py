@@ -258,7 +258,8 @@ def adamw_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Q
 
     yield Question(
         label=shape, tensors=tensors, call=call, oracle=oracle, dtype=torch.float32, names=written,
-        written=written, own_rounding=True, seed=47,
+        written=written, spent=tuple(name for name in tensors if name.startswith("grad")),
+        own_rounding=True, seed=47,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from . import oracles
 from .attention import LENGTHS
 from .facts import Facts
 from .family import Family
-from .question import DTYPES, Question, Tensors, cumulative, normal, seeded
+from .question import DTYPES, HOSTED, Question, Tensors, cumulative, hint, normal, seeded
 
 SIZES: Mapping[str, Sequence[Any]] = {
     "qk_nope_head_dim": (16, 32, 64, 128),
@@ -32,10 +32,11 @@ TOKENS = ("q_nope", "q_rope", "latent", "k_rope")
 SHAPES: Mapping[str, Facts] = {
     "length 1": {}, "ragged": {}, "one sequence of maximal length": {}, "above 2^16 elements": {},
     "no tokens": {}, "large scores": {}, "rows with gaps": {}, "isolation": {},
+    HOSTED: {"shared_prefix": True},
     "families": {"shared_prefix": True}, "empty child and empty prompt": {"shared_prefix": True},
     "long beside short": {"shared_prefix": True},
 }  # fmt: skip
-QUICK = ("ragged", "families", "isolation")
+QUICK = ("ragged", "families", "isolation", HOSTED)
 
 
 def expand(rows: Tensor, w_uk_HNL: Tensor, w_uv_HEL: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def weights(facts: Facts, dtype: torch.dtype) -> Tensor:
 
 def questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Question]:
     """Outputs, and the gradients of queries, latents, rotary keys and both weights."""
-    lengths, parents = LENGTHS.get(shape, LENGTHS["ragged"])
+    lengths, parents = LENGTHS.get(shape, LENGTHS["families" if shape == HOSTED else "ragged"])
     question = _question(
         shape, facts, DTYPES[dtype], lengths, parents, 6.0 if shape == "large scores" else 1.0
     )
@@ -96,6 +97,7 @@ def _question(
         return implementation(
             *(given[name] for name in TOKENS), w_uk, w_uv, cu_seqlens=given["cu_seqlens"],
             parents=given.get("parents"), max_seqlen=max(lengths), scale=scale,
+            **hint(label, lengths, parents if "parents" in given else None),
         )  # fmt: skip
 
     def oracle(given: Tensors) -> Tensor:
@@ -115,5 +117,7 @@ def _question(
 
 
 FAMILIES = {
-    "mla.varlen": Family(axes=AXES, shapes=SHAPES, quick=QUICK, questions=questions, ends=ENDS),
+    "mla.varlen": Family(
+        axes=AXES, shapes=SHAPES, quick=QUICK, questions=questions, ends=ENDS, since={HOSTED: 1}
+    ),
 }

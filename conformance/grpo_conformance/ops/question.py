@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.ops.common import Common
+
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -41,6 +43,8 @@ class Question:
     """Inputs that gradients are asked for, where the offer has a backward pass."""
     written: tuple[str, ...] = ()
     """Inputs that the op updates in place; they count as results behind those that are returned."""
+    spent: tuple[str, ...] = ()
+    """Inputs whose content nobody needs afterwards."""
     reference: Any = None
     """Computes the same from the references of core, where the contract has none of its own."""
     own_rounding: bool = False
@@ -92,6 +96,20 @@ def of_draw(seed: int) -> int:
 def seeded(seed: int) -> torch.Generator:
     """A generator on the host."""
     return torch.Generator().manual_seed(of_draw(seed))
+
+
+HOSTED = "lengths on the host"
+"""Name of the shapes whose calls are given `common`, from version 1 of the contracts on."""
+
+
+def hint(
+    shape: str, lengths: Sequence[int], parents: Sequence[int] | None = None, **more: int
+) -> dict[str, Common]:
+    """`common` as a keyword for calls of the shape `HOSTED`, nothing for others; made anew for each call."""
+    if shape != HOSTED:
+        return {}
+    known = None if parents is None else list(parents)
+    return {"common": Common(cu_seqlens=cumulative(lengths).tolist(), parents=known, **more)}
 
 
 def cumulative(lengths: Sequence[int]) -> Tensor:

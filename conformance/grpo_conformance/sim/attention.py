@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.ops.attention import CacheSpec, LayerCache
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import attend, bounds, visible
 from grpo_core.ops.reference.pages import PageTable
 from grpo_core.ops.reference.slots import SlotCache
@@ -79,11 +80,12 @@ def prefill(
     slots: Tensor,
     scale: float,
     window: int | None,
+    common: Common | None = None,
 ) -> Tensor:
     """See `grpo_core.ops.attention.Prefill`, over a `PagedLayer`."""
     if not isinstance(cache, PagedLayer):
         raise TypeError(f"the simulated device reads pages, not {type(cache).__name__}")
-    ends = bounds(cu_seqlens_q, q_THD.shape[0])
+    ends = bounds(cu_seqlens_q, q_THD.shape[0], common)
     outputs = [q_THD.new_zeros(0, q_THD.shape[1], cache.v_PKE.shape[3])]
     for (start, end), slot, length in zip(pairwise(ends), slots.tolist(), seqlens_k.tolist(), strict=True):
         if start == end:
@@ -95,10 +97,38 @@ def prefill(
 
 
 def decode(
-    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """See `grpo_core.ops.attention.Decode`: a prefill of one token for each sequence."""
-    one_each = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32, device=q_BHD.device)
-    return prefill(
-        q_BHD, cache, cu_seqlens_q=one_each, seqlens_k=seqlens_k, slots=slots, scale=scale, window=window
-    )
+    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None,
+    common: Common | None = None,
+) -> Tensor:  # fmt: skip
+    """See `grpo_core.ops.attention.Decode`: all sequences at once, over as many pages as one may have.
+
+    A graph can record it where `common` says how long that is.
+    """
+    if not isinstance(cache, PagedLayer):
+        raise TypeError(f"the simulated device reads pages, not {type(cache).__name__}")
+    most = 0 if common is None else common.max_seqlen_k
+    if not most and seqlens_k.numel():
+        most = int(seqlens_k.max())
+    return attend_pages(q_BHD, cache, seqlens_k, slots, scale, window, most=most)
+
+
+def attend_pages(
+    q_BHD: Tensor, layer: PagedLayer, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None,
+    *, most: int,
+) -> Tensor:  # fmt: skip
+    """One query of each sequence over the pages of `most` tokens, in float32; the host waits for nothing."""
+    B, H, D = q_BHD.shape
+    K = layer.k_PKD.shape[2]
+    pages_BP = layer.table.pages_SP[slots, : -(-most // PAGE)].clamp_min(0)
+    k_BSKD, v_BSKE = (pool[pages_BP].flatten(1, 2).float() for pool in (layer.k_PKD, layer.v_PKE))
+    at_S = torch.arange(k_BSKD.shape[1], device=q_BHD.device)
+    seen_BS = at_S < seqlens_k[:, None]
+    if window is not None:
+        seen_BS = seen_BS & (at_S >= seqlens_k[:, None] - window)
+    # Memory that nobody has written may hold NaN, which a weight of 0 does not take away.
+    k_BSKD, v_BSKE = (x.masked_fill(~seen_BS[:, :, None, None], 0.0) for x in (k_BSKD, v_BSKE))
+    q_BKGD = q_BHD.float().reshape(B, K, H // K, D)
+    scores_BKGS = (q_BKGD @ k_BSKD.permute(0, 2, 3, 1)) * scale
+    weights_BKGS = scores_BKGS.masked_fill(~seen_BS[:, None, None], -torch.inf).softmax(-1)
+    o_BKGE = weights_BKGS @ v_BSKE.permute(0, 2, 1, 3)
+    return o_BKGE.reshape(B, H, v_BSKE.shape[3]).to(q_BHD.dtype)

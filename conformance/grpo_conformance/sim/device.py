@@ -18,6 +18,6 @@ SIM = TorchDevice(
     packages=("grpo_conformance.sim.runtime",),
     count=COUNT,
     dtypes=frozenset({"bfloat16", "float16", "float32"}),
-    features=frozenset({"simulated"}),
+    features=frozenset({"simulated", "graphs"}),
     memory_bytes=CAPACITY,
 )

@@ -63,6 +63,13 @@ LIMITS: Mapping[str, Limits] = {
     "comm.collectives": {"world": range(1, 9)},
 }
 """Ops without a row take every size in the device's dtypes."""
+GRAPH = frozenset(
+    {
+        "attention.cache", "attention.decode", "rope.apply", "norm.rms", "mlp.swiglu", "linear.packed",
+        "linear.dense", "gated_delta.step", "short_conv.step",
+    }
+)  # fmt: skip
+"""Ops that a graph can record: their host never waits for the device."""
 
 
 def offers(hook: str) -> Iterable[Impl]:
@@ -81,6 +88,7 @@ def _offer(contract: Contract) -> Impl:
         load=OWN.get(op, contract.reference or ""),
         limits=LIMITS.get(op, {"dtype": DTYPES}),
         backward=contract.backward,
+        graph=op in GRAPH,
         deterministic=True,
         rank=50,
         contract=contract.version,

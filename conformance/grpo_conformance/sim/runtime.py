@@ -19,6 +19,7 @@ from torch.utils import backend_registration
 from grpo_core.errors import PluginError
 
 from .build import CACHE, build
+from .graph import SimGraph, graph, is_current_stream_capturing
 
 NAME = "sim"
 MASK = 2**63 - 1
@@ -73,6 +74,13 @@ def on_stream(stream: torch.Stream | None) -> Iterator[None]:
         yield
 
 
+def synchronize(device: Any = None) -> None:
+    """`torch.sim.synchronize`. Raises RuntimeError in a capture, as a chip's runtime does."""
+    if is_current_stream_capturing():
+        raise RuntimeError("the host waits for the device in a capture")
+    ops.synchronize(index_of(device))
+
+
 def _module() -> ModuleType:
     made = ModuleType(f"torch.{NAME}")
     module: Any = made
@@ -82,7 +90,9 @@ def _module() -> ModuleType:
     module.current_device = ops.current_device
     module.set_device = lambda device: ops.set_device(index_of(device))
     module.device = selected
-    module.synchronize = lambda device=None: ops.synchronize(index_of(device))
+    module.synchronize = synchronize
+    module.SimGraph, module.graph = SimGraph, graph
+    module.is_current_stream_capturing = is_current_stream_capturing
     _add_streams(module)
     _add_random(module)
     _add_memory(module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.ops.attention import CacheSpec
+from grpo_core.ops.common import Common
 
 from .attention import (
     HEADS,
@@ -95,6 +96,13 @@ def _new(sizes: Sizes) -> int:
     return int(sizes.get("new_tokens", 1))
 
 
+def _common(sizes: Sizes) -> Common:
+    """What an engine tells every layer of a pass; each call here is a pass of its own."""
+    B, S = int(sizes["sequences"]), int(sizes["context"])
+    ends = list(range(0, B * _new(sizes) + 1, _new(sizes))) if "new_tokens" in sizes else None
+    return Common(cu_seqlens=ends, seqlens_k=[S] * B, max_seqlen_k=S)
+
+
 def read(sizes: Sizes, dtype: torch.dtype) -> Work:
     """attention.prefill, attention.decode: n new tokens of each of B sequences that hold S: s B (n H + S K)
     (D + E) bytes; 2 H (D + E) FLOPs for each pair of a query and a key that it sees."""
@@ -107,7 +115,7 @@ def read(sizes: Sizes, dtype: torch.dtype) -> Work:
         if "new_tokens" in sizes:
             given["cu_seqlens_q"] = torch.arange(0, B * n + 1, n, dtype=torch.int32, device=x["q"].device)
         layer = cache.layers[0]
-        return lambda: parts[-1](x["q"], layer, scale=D**-0.5, window=window, **given)
+        return lambda: parts[-1](x["q"], layer, scale=D**-0.5, window=window, common=_common(sizes), **given)
 
     return Work(
         tensors=lambda seed: {"q": numbers(seeded(seed), B * n, H, D, dtype=dtype)},
@@ -139,7 +147,7 @@ def step(sizes: Sizes, dtype: torch.dtype) -> Work:
         return lambda: parts[-1](
             x["qkv"], layer, cos_BR=x["cos"], sin_BR=x["sin"], positions=positions, slots=given["slots"],
             num_heads=H, scale=D**-0.5, window=window, interleaved=bool(sizes["interleaved"]),
-            q_norm=x.get("q_norm"), k_norm=x.get("k_norm"), eps=1e-6,
+            q_norm=x.get("q_norm"), k_norm=x.get("k_norm"), eps=1e-6, common=_common(sizes),
         )  # fmt: skip
 
     return Work(
@@ -171,7 +179,9 @@ def latent_read(sizes: Sizes, dtype: torch.dtype) -> Work:
             given["cu_seqlens_q"] = ends.to(x["weight"].device)
         layer = cache.layers[0]
         w_uk, w_uv = torch.split(x["weight"], [N, E], 1)
-        return lambda: parts[-1](x["q_nope"], x["q_rope"], layer, w_uk, w_uv, scale=(N + R) ** -0.5, **given)
+        return lambda: parts[-1](
+            x["q_nope"], x["q_rope"], layer, w_uk, w_uv, scale=(N + R) ** -0.5, common=_common(sizes), **given
+        )
 
     return Work(
         tensors=tensors,

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from grpo_core.backend import import_pointer
+from grpo_core.backend import adapt, import_pointer
 from grpo_core.catalogue import Offer
+from grpo_core.ops.contract import CONTRACTS
+from grpo_core.plan import Choice
 from grpo_core.plugin_checks import CACHE_OF
 
 from ..case import Outcome, Target, passed
@@ -92,7 +94,7 @@ def on_device(work: Work, place: torch.device, *, float64: bool, seed: int = 1) 
 
 
 def parts_of(target: Target, offer: Offer, facts: Mapping[str, Any]) -> list[Any]:
-    """The offer's code, behind that of its cache or partner."""
+    """The offer's code, behind that of its cache or partner; it takes every argument of the contract."""
     op = offer.impl.op
     found: list[Offer] = []
     if op in CACHE_OF:
@@ -103,7 +105,17 @@ def parts_of(target: Target, offer: Offer, facts: Mapping[str, Any]) -> list[Any
         order = {"id": offer.id, "plugin": offer.plugin}
         found.append(max(rows, key=lambda one: (one.id == order["id"], one.plugin == order["plugin"],
                                                 one.impl.rank)))  # fmt: skip
-    return [import_pointer(one.impl.load) for one in [*found, offer]]
+    return [_served(one) for one in [*found, offer]]
+
+
+def _served(offer: Offer) -> Any:
+    impl, contract = offer.impl, CONTRACTS[offer.impl.op]
+    served = import_pointer(impl.load)
+    missed = {name: value for name, (version, value) in contract.added.items() if version > impl.contract}
+    if not missed:
+        return served
+    row = Choice(op=impl.op, chosen=offer.id, load=impl.load, reason="", contract=impl.contract)
+    return adapt(served, row, missed, contract.hints)
 
 
 def figures(count: float, flops: float, seconds: float, best: Best) -> dict[str, float]:

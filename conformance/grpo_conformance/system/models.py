@@ -133,7 +133,8 @@ def jolt(source: Path, folder: Path, size: float, *, seed: int = 0) -> Path:
     """A copy of a model whose weights are each multiplied by 1 +- `size` at random."""
     generator = torch.Generator().manual_seed(seed)
     tensors = (
-        (name, tensor * (1 + size * (2 * torch.randint(2, tensor.shape, generator=generator) - 1)))
+        # In float32: bfloat16 would round small changes away.
+        (name, tensor.float() * (1 + size * (2 * torch.randint(2, tensor.shape, generator=generator) - 1)))
         for name, tensor in read_tensors(source)
     )
     write_checkpoint(folder, tensors, read_hf_config(source))

@@ -189,6 +189,8 @@ def _batch(items: Sequence[Scored], share_prompt: bool) -> Batch:
             _flat((i.completion.logprobs for i in items), loss_tokens, np.float32)
         ),
         routed_experts_TMk=_experts(rows),
+        host_cu_seqlens=bounds.tolist(),
+        host_parents=rows.parents,
     )
 
 

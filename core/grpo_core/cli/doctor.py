@@ -1,4 +1,8 @@
-"""`grpo doctor`: what this machine has, and what is broken with its fix."""
+"""`grpo doctor`: what this machine has, and what is broken with its fix.
+
+`--device NAME` looks at what one device needs of the host, `--matrix` shows the versions that were tested
+together, and `--install-plan` the commands for one row of them. What they say comes from the plugins.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ..catalogue import Catalogue
+from ..devices.autoload import autoload_problem
 from ..devices.cpu import compiler, memory_bytes
+from ..devices.doctor import pick_row
 from ..devices.pick import probe
-from ..errors import GrpoError
+from ..errors import ConfigError, GrpoError
 from ..plugins import Raised, attempt, load
 from ..requirements import installed_version
+from . import doctor_device, install_plan
 from .table import print_table
 
 PACKAGES = ("grpo-core", "torch", "transformers", "tokenizers", "safetensors", "pluggy", "pydantic", "numpy")
@@ -26,12 +33,64 @@ LOW_DISK = 2 * 2**30
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `grpo doctor`."""
+    parser.add_argument("--device", default="", metavar="NAME",
+                        help="what this device needs of the host, with what is missing")  # fmt: skip
+    parser.add_argument("--matrix", action="store_true", help="sets of versions that were tested, by device")
+    parser.add_argument("--install-plan", action="store_true",
+                        help="the commands that install a tested row of --device")  # fmt: skip
+    parser.add_argument("--row", default="", help="row of --matrix; the first unless given")
+    parser.add_argument(
+        "--machine", choices=install_plan.MACHINES, help="processor of the host to install on"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; returns 1 when something is broken."""
+    """Print the findings; returns 1 when something is broken, or the device of `--device` cannot be used."""
+    if (args.row or args.machine) and not args.install_plan:
+        raise ConfigError(
+            f"{'--row' if args.row else '--machine'} says nothing without --install-plan",
+            why="rows and processors matter to an installation alone",
+            fix="add --install-plan, or take it away",
+        )
     catalogue = load()
+    if args.install_plan:
+        return _run_install_plan(args, catalogue)
+    if args.matrix:
+        table = doctor_device.matrix(catalogue, args.device)
+        if args.json:
+            print(json.dumps(doctor_device.matrix_json(table), indent=1))
+        else:
+            doctor_device.print_matrix(table)
+        return 0
+    if args.device:
+        content = doctor_device.examine_device(args.device, catalogue)
+        if args.json:
+            print(json.dumps(content, indent=1))
+        else:
+            doctor_device.print_device(content)
+        return 0 if content["usable"] else 1
+    return _run_host(args, catalogue)
+
+
+def _run_install_plan(args: argparse.Namespace, catalogue: Catalogue) -> int:
+    if not args.device:
+        raise ConfigError(
+            "--install-plan needs a device",
+            why="each device has rows of its own",
+            fix=f"add --device, one of {', '.join(doctor_device.matrix(catalogue)) or 'none has rows'}",
+        )
+    [(device, rows)] = doctor_device.matrix(catalogue, args.device).items()
+    row = pick_row(rows, args.row, device)
+    machine = args.machine or install_plan.this_machine()
+    if args.json:
+        print(json.dumps(install_plan.plan_json(row, device, machine), indent=1))
+    else:
+        print(install_plan.script(row, device, machine), end="")
+    return 0
+
+
+def _run_host(args: argparse.Namespace, catalogue: Catalogue) -> int:
     content = examine(catalogue)
     problems = content["problems"]
     if args.json:
@@ -63,6 +122,7 @@ def _print_tables(content: dict[str, Any]) -> None:
         for row in content["devices"]
     ]
     print_table(["device", "found", "product", "features", "why"], devices)
+    print("\nwhat a device needs of this host, with what is missing: grpo doctor --device NAME")
 
 
 def examine(catalogue: Catalogue) -> dict[str, Any]:
@@ -73,6 +133,8 @@ def examine(catalogue: Catalogue) -> dict[str, Any]:
     problems = _problems(catalogue, versions)
     if isinstance(torch, Raised):
         problems.append(_problem("torch cannot be imported", str(torch), "install torch again"))
+    else:
+        problems += [problem for problem in [autoload_problem()] if problem]
     system = {
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),

@@ -12,6 +12,7 @@ from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from ..devices import autoload
 from ..errors import ConfigError, GrpoError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    autoload.switch_off()
     try:
         return _dispatch(words)
     except GrpoError as error:

@@ -1,4 +1,4 @@
-"""`grpo report run/ [other/] [-o report.html]`."""
+"""`grpo report run/ [other/ ...] [--twin run/] [-o report.html]`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PAGE.HTML",
         help="where to write it (default: report.html of the first run)",
     )
+    parser.add_argument(
+        "--twin",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        help="a run like the first, from weights changed by a rounding: how far right runs may be apart",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and print where it is. Raises `ConfigError` for a folder without metrics."""
     from ..report.html import write_report
 
-    print(write_report(args.runs, args.out or args.runs[0] / "report.html"))
+    print(write_report(args.runs, args.out or args.runs[0] / "report.html", twins=args.twin))
     return 0

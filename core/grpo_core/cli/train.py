@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     make_run_dir(run_dir)
     (run_dir / CONFIG).write_text(dump_yaml(pinned_dir(planned.config, run_dir)))
     planned.plan.save(run_dir / PLAN)
-    write_environment(run_dir)
+    write_environment(run_dir, planned.packages())
     return train(planned, parts, run_dir, first_step=0)
 
 

@@ -41,17 +41,7 @@ def pick_device(name: str, catalogue: Catalogue, *, absent: bool = False) -> tup
     """
     if name == AUTO:
         return _best(catalogue)
-    named = catalogue.devices.get(name)
-    matching = [named] if named else [one for one in catalogue.devices.values() if one.type == name]
-    if not matching:
-        known = sorted(catalogue.devices)
-        broken = broken_plugins(catalogue)
-        raise ConfigError(
-            f"there is no device {name!r}{did_you_mean(name, [AUTO, *known])}",
-            why=f"installed plugins know {', '.join(known)}" + (f"; broken: {broken}" if broken else ""),
-            fix=f"set device to auto or one of {', '.join(known)}, or install a plugin for {name!r}",
-        )
-    probes = [(device, probe(device)) for device in matching]
+    probes = [(device, probe(device)) for device in _matching(name, catalogue)]
     for device, said in probes:
         if said.found:
             return device, said.info
@@ -60,7 +50,29 @@ def pick_device(name: str, catalogue: Catalogue, *, absent: bool = False) -> tup
     raise PluginError(
         f"device {name!r} was asked for but is not here",
         why="; ".join(said.reason for _, said in probes) + f". Found: {_found(catalogue)}",
-        fix="set device to one that was found, or to auto; `grpo doctor` shows all probes",
+        fix=f"set device to one that was found, or to auto; see `grpo doctor --device {name}`",
+    )
+
+
+def known_device(name: str, catalogue: Catalogue) -> Device:
+    """The device called `name` (or of that torch type, or the best for "auto"), here or not.
+
+    Raises `ConfigError` for an unknown name.
+    """
+    return pick_device(name, catalogue, absent=True)[0]
+
+
+def _matching(name: str, catalogue: Catalogue) -> list[Device]:
+    named = catalogue.devices.get(name)
+    matching = [named] if named else [one for one in catalogue.devices.values() if one.type == name]
+    if matching:
+        return matching
+    known = sorted(catalogue.devices)
+    broken = broken_plugins(catalogue)
+    raise ConfigError(
+        f"there is no device {name!r}{did_you_mean(name, [AUTO, *known])}",
+        why=f"installed plugins know {', '.join(known)}" + (f"; broken: {broken}" if broken else ""),
+        fix=f"set device to auto or one of {', '.join(known)}, or install a plugin for {name!r}",
     )
 
 

@@ -7,15 +7,22 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import PluginError
 from ..impl import DeviceInfo
 from .base import Probe
+from .graphs import TorchGraph, record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
+
+    from .base import Graph
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +49,8 @@ class TorchDevice:
     dtypes: frozenset[str] = frozenset({"bfloat16", "float16", "float32"})
     features: frozenset[str] = frozenset({"fast_bf16"})
     memory_bytes: int = 0
+    doctor: str = ""
+    """Module with checks of the host and tested versions, for `grpo doctor` (`devices.doctor.Doctor`)."""
 
     def probe(self) -> Probe:
         """Look for packages, device files and the visibility variable."""
@@ -108,6 +117,10 @@ class TorchDevice:
     def set_rng_state(self, state: Tensor) -> None:
         """Continue from `rng_state`."""
         self._module().set_rng_state(state)
+
+    def capture(self, call: Callable[[], T], *, beside: Graph | None) -> tuple[T, Graph]:
+        """See `GraphDevice.capture`; for devices with the feature "graphs", whose torch module has them."""
+        return record(self._module(), call, beside=beside if isinstance(beside, TorchGraph) else None)
 
     def _module(self) -> Any:
         import torch

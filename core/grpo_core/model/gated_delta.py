@@ -13,6 +13,7 @@ from .layers import Maker, Packing
 from .segments import Tree
 
 if TYPE_CHECKING:
+    from ..ops.common import Common
     from ..ops.fused import SwiGLU
 
 L2_EPS = 1e-6
@@ -43,7 +44,9 @@ class GatedDeltaMixer(nn.Module):
         mixed_TC, z_TV = torch.split(self.qkvz(x_TC), [self.channels, value], dim=-1)
         g_TK, beta_TK = gates(self.ba(x_TC), self.A_log, self.dt_bias, self.arithmetic)
         if tree is None:
-            o_TKE, _, _ = self._run(mixed_TC, g_TK, beta_TK, packing.cu_seqlens, None, final=False)
+            o_TKE, _, _ = self._run(
+                mixed_TC, g_TK, beta_TK, packing.cu_seqlens, packing.common, None, final=False
+            )
         else:
             o_TKE = self._generations(mixed_TC, g_TK, beta_TK, tree)
         y_TC: Tensor = self.out(gated_norm(self.norm(o_TKE), z_TV, self.backend.mlp.swiglu))
@@ -53,16 +56,22 @@ class GatedDeltaMixer(nn.Module):
         """Roots first; a child starts from its root's last state and last inputs of the convolution."""
         cut = tree.root_tokens
         roots_TKE, window_RCW, state_RKDE = self._run(
-            mixed_TC[:cut], g_TK[:cut], beta_TK[:cut], tree.root_cu_seqlens, None, final=True
+            mixed_TC[:cut], g_TK[:cut], beta_TK[:cut], tree.root_cu_seqlens, tree.roots, None, final=True
         )
         start = (window_RCW.index_select(0, tree.parents), state_RKDE.index_select(0, tree.parents))
         children_TKE, _, _ = self._run(
-            mixed_TC[cut:], g_TK[cut:], beta_TK[cut:], tree.child_cu_seqlens, start, final=False
+            mixed_TC[cut:],
+            g_TK[cut:],
+            beta_TK[cut:],
+            tree.child_cu_seqlens,
+            tree.children,
+            start,
+            final=False,
         )
         return torch.cat([roots_TKE, children_TKE])
 
     def _run(
-        self, mixed_TC: Tensor, g_TK: Tensor, beta_TK: Tensor, cu_seqlens: Tensor,
+        self, mixed_TC: Tensor, g_TK: Tensor, beta_TK: Tensor, cu_seqlens: Tensor, common: Common | None,
         start: tuple[Tensor, Tensor] | None, *, final: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(o_TKE, last windows, last states) of segments that start from `start`; the two are empty
@@ -70,12 +79,13 @@ class GatedDeltaMixer(nn.Module):
         ops, spec = self.backend, self.spec
         window, state = (None, None) if start is None else start
         mixed_TC, window = ops.short_conv.varlen(
-            mixed_TC, self.conv.weight, cu_seqlens=cu_seqlens, initial_state_SCW=window, final_state=final
-        )
+            mixed_TC, self.conv.weight, cu_seqlens=cu_seqlens, initial_state_SCW=window, final_state=final,
+            common=common,
+        )  # fmt: skip
         q_THD, k_THD, v_TKE = heads(spec, mixed_TC)
         o_TKE, state = ops.gated_delta.chunk(
             q_THD, k_THD, v_TKE, g_TK, beta_TK, cu_seqlens=cu_seqlens, scale=spec.key_head_dim**-0.5,
-            initial_state_SKDE=state, final_state=final,
+            initial_state_SKDE=state, final_state=final, common=common,
         )  # fmt: skip
         if window is None or state is None:
             return o_TKE, o_TKE.new_empty(0), o_TKE.new_empty(0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ..backend import Backend
+    from ..ops.common import Common
     from ..ops.fused import DenseLinear, RmsNorm
     from .arch import Arch
     from .arithmetic import Arithmetic
@@ -27,6 +28,8 @@ class Packing:
     max_seqlen: int
     tree: Tree | None = None
     """The same parents for layers with a recurrent state; None without either."""
+    common: Common | None = None
+    """The same on the host."""
 
 
 class Linear(nn.Module):

@@ -51,17 +51,20 @@ class AttentionMixer(nn.Module):
         )
         if spec.qk_norm:
             q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        q_THD, k_TKD = ops.rope.apply(q_THD, k_TKD, cos_TR, sin_TR, interleaved=spec.rope.interleaved)
+        common = packing.common
+        q_THD, k_TKD = ops.rope.apply(
+            q_THD, k_TKD, cos_TR, sin_TR, interleaved=spec.rope.interleaved, common=common
+        )
         scale = spec.head_dim**-0.5
         if packing.parents is None:
             o_THD = ops.attention.varlen(
                 q_THD, k_TKD, v_TKD, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen,
-                scale=scale, causal=True, window=spec.window,
+                scale=scale, causal=True, window=spec.window, common=common,
             )  # fmt: skip
         else:
             o_THD = ops.attention.shared_prefix(
                 q_THD, k_TKD, v_TKD, cu_seqlens=packing.cu_seqlens, parents=packing.parents,
-                max_seqlen=packing.max_seqlen, scale=scale, window=spec.window,
+                max_seqlen=packing.max_seqlen, scale=scale, window=spec.window, common=common,
             )  # fmt: skip
         if gate:
             o_THD = o_THD * self.arithmetic.sigmoid(gate[0])

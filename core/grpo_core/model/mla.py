@@ -41,13 +41,14 @@ class MLAMixer(nn.Module):
         latent_TL, k_rope_TR = torch.split(self.kv_a(x_TC), [latent, rope], dim=-1)
         latent_TL = self.kv_a_norm(latent_TL)
         q_rope_THR, k_rope_T1R = ops.rope.apply(
-            q_rope_THR, k_rope_TR.unsqueeze(1), cos_TR, sin_TR, interleaved=spec.rope.interleaved
-        )
+            q_rope_THR, k_rope_TR.unsqueeze(1), cos_TR, sin_TR, interleaved=spec.rope.interleaved,
+            common=packing.common,
+        )  # fmt: skip
         w_uk_HNL, w_uv_HEL = up_projections(spec, self.kv_b.weight)
         o_THE = ops.mla.varlen(
             q_nope_THN, q_rope_THR, latent_TL, k_rope_T1R.squeeze(1), w_uk_HNL, w_uv_HEL,
             cu_seqlens=packing.cu_seqlens, parents=packing.parents, max_seqlen=packing.max_seqlen,
-            scale=spec.scale,
+            scale=spec.scale, common=packing.common,
         )  # fmt: skip
         return self.out(o_THE.flatten(1))  # type: ignore[no-any-return]
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..ops.common import Common
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
@@ -24,6 +26,10 @@ class Tree:
     """int32 [children + 1]"""
     parents: Tensor
     """int64 [children]; which root each goes on from."""
+    roots: Common
+    """Lengths of the roots on the host, ..."""
+    children: Common
+    """... and of the children."""
 
     def gather(self, x_TC: Tensor) -> Tensor:
         """Tokens in the order of generations."""
@@ -34,14 +40,16 @@ class Tree:
         return x_TC if self.back_T is None else x_TC.index_select(0, self.back_T)
 
 
-def tree_of(cu_seqlens: Tensor, parents: Tensor) -> Tree | None:
+def tree_of(cu_seqlens: Tensor, parents: Tensor, common: Common | None = None) -> Tree | None:
     """The generations of packed segments: cu_seqlens int32 [S + 1], parents int32 [S], -1 for a root.
 
     A parent is a root (`attention.shared_prefix` has the same rule); it may be any, before or after its
-    children. None where all stand alone. Reads both tensors back from the device once. Raises ValueError for
-    a parent that has a parent itself.
+    children. None where all stand alone. Reads both tensors back from the device once where `common` does not
+    hold them. Raises ValueError for a parent that has a parent itself.
     """
-    ends, tree = [int(end) for end in cu_seqlens.tolist()], [int(parent) for parent in parents.tolist()]
+    known = Common() if common is None else common
+    ends = known.cu_seqlens or [int(end) for end in cu_seqlens.tolist()]
+    tree = known.parents or [int(parent) for parent in parents.tolist()]
     spans = list(pairwise(ends))
     roots = [segment for segment, parent in enumerate(tree) if parent < 0]
     children = [segment for segment, parent in enumerate(tree) if parent >= 0]
@@ -54,15 +62,16 @@ def tree_of(cu_seqlens: Tensor, parents: Tensor) -> Tree | None:
     device = cu_seqlens.device
     order, back = _order([spans[segment] for segment in (*roots, *children)], ends[-1])
     root_bounds = _bounds([spans[segment] for segment in roots])
+    child_bounds = _bounds([spans[segment] for segment in children])
     return Tree(
         order_T=None if order is None else order.to(device),
         back_T=None if back is None else back.to(device),
         root_tokens=root_bounds[-1],
         root_cu_seqlens=torch.tensor(root_bounds, dtype=torch.int32, device=device),
-        child_cu_seqlens=torch.tensor(
-            _bounds([spans[segment] for segment in children]), dtype=torch.int32, device=device
-        ),
+        child_cu_seqlens=torch.tensor(child_bounds, dtype=torch.int32, device=device),
         parents=torch.tensor([place[tree[s]] for s in children], dtype=torch.int64, device=device),
+        roots=Common(cu_seqlens=root_bounds),
+        children=Common(cu_seqlens=child_bounds),
     )
 
 

@@ -21,6 +21,7 @@ from .segments import tree_of
 
 if TYPE_CHECKING:
     from ..backend import Backend
+    from ..ops.common import Common
     from .arch import Arch, Layer, Rope
 
 
@@ -85,13 +86,14 @@ class Decoder(nn.Module):
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, *, cu_seqlens: Tensor, parents: Tensor | None,
         max_seqlen: int, recompute: bool, routed_experts_TMk: Tensor | None = None,
-        record_TMk: Tensor | None = None, free_TMk: Tensor | None = None,
+        record_TMk: Tensor | None = None, free_TMk: Tensor | None = None, common: Common | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [T, C] after the final norm, in the parameters' dtype.
 
         tokens_T and positions_T are int64 [T]; cu_seqlens int32 [S + 1]; parents int32 [S] or None for
         segments that stand alone; max_seqlen the longest segment, its parent not counted. `recompute`
-        keeps only each layer's inputs and computes the rest again in the backward pass, bit for bit.
+        keeps only each layer's inputs and computes the rest again in the backward pass, bit for bit. `common`
+        holds the lengths of this pass on the host.
 
         routed_experts_TMk (int16; M layers with experts in order, k experts of a token) fixes the choice of
         experts; rows of -1 are routed freely. The experts used are written to record_TMk (int16), those that
@@ -99,9 +101,9 @@ class Decoder(nn.Module):
         """
         recompute = recompute and torch.is_grad_enabled()
         tables = [self._table(rope, positions_T, max_seqlen) for rope in self.ropes]
-        packing = Packing(cu_seqlens=cu_seqlens, parents=parents, max_seqlen=max_seqlen)
+        packing = Packing(cu_seqlens=cu_seqlens, parents=parents, max_seqlen=max_seqlen, common=common)
         if parents is not None and any(isinstance(layer.mixer, GatedDelta) for layer in self.arch.layers):
-            packing = replace(packing, tree=tree_of(cu_seqlens, parents))
+            packing = replace(packing, tree=tree_of(cu_seqlens, parents, common))
         routings = self._routings(tokens_T, routed_experts_TMk, record_TMk, free_TMk, recompute)
         x_TC, residual_TC = lookup(self.embed.weight, tokens_T, self.embed.main_grad), None
         for layer, rope, routing in zip(self.layers, self.rope_of_layer, routings, strict=True):

@@ -2,7 +2,11 @@
 
 T packed tokens, B sequences, S segments, H/K query/kv heads, D/E head dims (E of v), Q query tokens.
 `window` w lets a query see itself and the w - 1 keys before it; None lets it see all of them.
-`cu_seqlens` is int32 [S + 1], starts at 0, ends at T. `scale` multiplies the scores.
+`cu_seqlens` is int32 [S + 1], starts at 0, ends at T. `scale` multiplies the scores. Queries, keys and values
+may be slices of one projection: their last dimension is contiguous, the others have any stride.
+
+`common` is a hint: what all layers of the pass have in common, with lengths on the host. None lets an op find
+out itself.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from .common import Common
 
 
 class Varlen(Protocol):
@@ -30,6 +36,7 @@ class Varlen(Protocol):
         scale: float,
         causal: bool,
         window: int | None,
+        common: Common | None = None,
     ) -> Tensor:
         """Returns o_THE in the dtype of q. Query head h reads kv head h // (H // K)."""
         ...
@@ -55,6 +62,7 @@ class SharedPrefix(Protocol):
         max_seqlen: int,
         scale: float,
         window: int | None,
+        common: Common | None = None,
     ) -> Tensor:
         """Returns o_THE in the dtype of q. `max_seqlen` is the longest segment, parent not counted."""
         ...
@@ -139,6 +147,7 @@ class Prefill(Protocol):
         slots: Tensor,
         scale: float,
         window: int | None,
+        common: Common | None = None,
     ) -> Tensor:
         """Returns o_THE. seqlens_k [B] counts prefix and new tokens; causal, aligned at the end."""
         ...
@@ -156,6 +165,7 @@ class Decode(Protocol):
         slots: Tensor,
         scale: float,
         window: int | None,
+        common: Common | None = None,
     ) -> Tensor:
         """Returns o_BHE. seqlens_k [B] int64 counts the new token; slots [B] int64."""
         ...
@@ -180,6 +190,7 @@ class Step(Protocol):
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        common: Common | None = None,
     ) -> Tensor:
         """Returns o_B(H*E). qkv_BW holds q, k, v of one token: W = (H + K) * D + K * E.
 

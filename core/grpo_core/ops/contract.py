@@ -20,9 +20,9 @@ class Contract:
     """"module:attribute" of the torch reference, which is the specification; None for a pure speed-up."""
     kind: str = "function"
     """"function": the bound object is called; "class": it is constructed."""
-    version: int = 0
+    version: int = 1
     oldest: int = 0
-    """Oldest version of an offer that an adapter still serves."""
+    """Oldest version of an offer that is still served."""
     covers: tuple[str, ...] = ()
     """Ops that this one replaces where it is chosen."""
     backward: bool = False
@@ -38,9 +38,12 @@ _REF_A, _REF_F = "grpo_core.ops.reference.attention", "grpo_core.ops.reference.f
 _MLA, _REF_MLA = "grpo_core.ops.mla", "grpo_core.ops.reference.mla"
 _LINEAR, _REF_LINEAR = "grpo_core.ops.linear_attention", "grpo_core.ops.reference.linear_attention"
 _MOE, _REF_MOE = "grpo_core.ops.moe", "grpo_core.ops.reference.moe"
+_COMMON: Mapping[str, tuple[int, object]] = {"common": (1, None)}
 _ROWS = (
     Contract(
         op="attention.varlen",
+        added=_COMMON,
+        hints=("common",),
         hook="attention",
         protocol=f"{_ATTENTION}:Varlen",
         reference=f"{_REF_A}:varlen",
@@ -48,6 +51,8 @@ _ROWS = (
     ),
     Contract(
         op="attention.shared_prefix",
+        added=_COMMON,
+        hints=("common",),
         hook="attention",
         protocol=f"{_ATTENTION}:SharedPrefix",
         reference=f"{_REF_A}:shared_prefix",
@@ -62,18 +67,24 @@ _ROWS = (
     ),
     Contract(
         op="attention.prefill",
+        added=_COMMON,
+        hints=("common",),
         hook="attention",
         protocol=f"{_ATTENTION}:Prefill",
         reference=f"{_REF_A}:prefill",
     ),
     Contract(
         op="attention.decode",
+        added=_COMMON,
+        hints=("common",),
         hook="attention",
         protocol=f"{_ATTENTION}:Decode",
         reference=f"{_REF_A}:decode",
     ),
     Contract(
         op="attention.step",
+        added=_COMMON,
+        hints=("common",),
         hook="attention",
         protocol=f"{_ATTENTION}:Step",
         reference=None,
@@ -81,6 +92,8 @@ _ROWS = (
     ),
     Contract(
         op="mla.varlen",
+        added=_COMMON,
+        hints=("common",),
         hook="attention",
         protocol=f"{_MLA}:MlaVarlen",
         reference=f"{_REF_MLA}:varlen",
@@ -95,18 +108,24 @@ _ROWS = (
     ),
     Contract(
         op="mla.prefill",
+        added=_COMMON,
+        hints=("common",),
         hook="attention",
         protocol=f"{_MLA}:MlaPrefill",
         reference=f"{_REF_MLA}:prefill",
     ),
     Contract(
         op="mla.decode",
+        added=_COMMON,
+        hints=("common",),
         hook="attention",
         protocol=f"{_MLA}:MlaDecode",
         reference=f"{_REF_MLA}:decode",
     ),
     Contract(
         op="gated_delta.chunk",
+        added=_COMMON,
+        hints=("common",),
         hook="linear_attention",
         protocol=f"{_LINEAR}:DeltaChunk",
         reference=f"{_REF_LINEAR}:delta_chunk",
@@ -120,6 +139,8 @@ _ROWS = (
     ),
     Contract(
         op="short_conv.varlen",
+        added=_COMMON,
+        hints=("common",),
         hook="linear_attention",
         protocol=f"{_LINEAR}:ConvVarlen",
         reference=f"{_REF_LINEAR}:conv_varlen",
@@ -147,7 +168,6 @@ _ROWS = (
     ),
     Contract(
         op="moe.experts",
-        version=1,
         added={"main_grad_gate_up_XGC": (1, None), "main_grad_down_XCF": (1, None)},
         hints=("main_grad_gate_up_XGC", "main_grad_down_XCF"),
         hook="fused_moe",
@@ -178,6 +198,8 @@ _ROWS = (
     ),
     Contract(
         op="rope.apply",
+        added=_COMMON,
+        hints=("common",),
         hook="fused_ops",
         protocol=f"{_FUSED}:RopeApply",
         reference=f"{_REF_F}:rope_apply",
@@ -212,7 +234,6 @@ _ROWS = (
     ),
     Contract(
         op="loss.logprob",
-        version=1,
         added={"main_grad_VC": (1, None)},
         hints=("main_grad_VC",),
         hook="fused_ops",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .common import Common
+
 
 class RmsNorm(Protocol):
     """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019). Differentiable."""
@@ -43,10 +45,13 @@ class RopeApply(Protocol):
         sin_TR: Tensor,
         *,
         interleaved: bool,
+        common: Common | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Rotates the first 2R of D dimensions; the rest pass. cos/sin are float32.
 
-        Pairs are (i, i + R) unless `interleaved`, then (2i, 2i + 1). Computed in float32, cast back.
+        Pairs are (i, i + R) unless `interleaved`, then (2i, 2i + 1). Computed in float32, cast back. The
+        layers of a pass give the same cos and sin with the same `common` (see `attention`), where an offer
+        keeps what it makes of them.
         """
         ...
 
@@ -162,7 +167,8 @@ class AdamW(Protocol):
         grad_scale: float,
         copies: Sequence[Tensor | None],
     ) -> None:
-        """params, grads and moments are float32; each gradient is multiplied by `grad_scale` first.
+        """params, grads and moments are float32; each gradient is multiplied by `grad_scale` first, in place
+        where an offer likes: what is in `grads` afterwards is of no use.
 
         `step` counts from 1. copies[i], where given, receives params[i] in its own dtype. Equals
         `torch.optim.AdamW` within float32 rounding.

@@ -1,7 +1,8 @@
 """Contracts of linear attention: the gated delta rule and the short causal convolution before it.
 
 T packed tokens, B sequences, S segments, H key heads, K value heads (a multiple of H), D key head dim, E
-value head dim, C channels, W the convolution's width.
+value head dim, C channels, W the convolution's width. `common` is the hint of `attention`, about these
+segments.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .common import Common
 
 
 class DeltaChunk(Protocol):
@@ -32,6 +35,7 @@ class DeltaChunk(Protocol):
         scale: float,
         initial_state_SKDE: Tensor | None,
         final_state: bool,
+        common: Common | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (o_TKE in v's dtype, states after each segment in float32 [S, K, D, E] or None).
 
@@ -74,6 +78,7 @@ class ConvVarlen(Protocol):
         cu_seqlens: Tensor,
         initial_state_SCW: Tensor | None,
         final_state: bool,
+        common: Common | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (y_TC, last inputs of each segment [S, C, W - 1] in x's dtype or None).
 

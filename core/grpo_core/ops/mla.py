@@ -3,6 +3,7 @@
 T packed tokens, B sequences, S segments, H heads, N and R the parts of a query or key without and with
 rotary, E the head dim of values, L the latent rank. Keys and values of head h are linear in the latent:
 k_h = [w_uk[h] latent | k_rope], v_h = w_uv[h] latent. `scale` multiplies the scores.
+`common` is the hint of `attention`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .attention import CacheSpec
+    from .common import Common
 
 
 class MlaVarlen(Protocol):
@@ -35,6 +37,7 @@ class MlaVarlen(Protocol):
         parents: Tensor | None,
         max_seqlen: int,
         scale: float,
+        common: Common | None = None,
     ) -> Tensor:
         """Returns o_THE in the dtype of q. The latent is already normed, the rotary parts already turned.
 
@@ -93,6 +96,7 @@ class MlaPrefill(Protocol):
         seqlens_k: Tensor,
         slots: Tensor,
         scale: float,
+        common: Common | None = None,
     ) -> Tensor:
         """Returns o_THE. seqlens_k [B] counts prefix and new tokens; causal, aligned at the end."""
         ...
@@ -116,6 +120,7 @@ class MlaDecode(Protocol):
         seqlens_k: Tensor,
         slots: Tensor,
         scale: float,
+        common: Common | None = None,
     ) -> Tensor:
         """Returns o_BHE. seqlens_k [B] int64 counts the new token, which was written before."""
         ...

@@ -31,6 +31,7 @@ PLOTS = (
         title="Reward", names=(("reward/mean", "mean"),), spread="reward/std",
         note="mean of a step, one standard deviation around it",
     ),
+    Plot(title="Loss", names=(("policy/total_loss", "loss"),), note="of the optimizer's steps, mean"),
     Plot(title="Completion length", names=(("length/mean", "mean"),), note="tokens", zero=True),
     Plot(
         title="Cut at the token limit", names=(("length/clipped", "cut"),), percent=True, zero=True,
@@ -110,6 +111,7 @@ def _series(plot: Plot, runs: Sequence[RunData]) -> Iterator[Series]:
                     points=points,
                     band=_spread(run, name, plot.spread) if name_number == 0 else (),
                     dashed=name_number > 0,
+                    under=run_number == 0 and len(runs) > 1 and name_number == 0,
                 )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .charts import charts
+from .compared import contrasts, distances
+from .differences import compare
 from .read import RunData, read_runs
 from .style import STYLE
 from .svg import value_text
@@ -17,13 +19,13 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Should anything slip through the escaping, the browser still loads and runs nothing."""
 
 
-def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
+def write_report(run_dirs: Sequence[Path], out: Path, *, twins: Sequence[Path] = ()) -> Path:
     """One self-contained page: no script, nothing loaded from anywhere.
 
-    Raises `ConfigError` for a folder without metrics.jsonl.
+    `twins` are runs like the first, from weights changed by a rounding: they tell how far right runs are
+    apart, and are not shown. Raises `ConfigError` for a folder without metrics.jsonl.
     """
-    runs = read_runs(run_dirs)
-    page = _page(runs)
+    page = _page(read_runs(run_dirs), read_runs(twins))
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(page, encoding="utf-8")
@@ -31,17 +33,21 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _page(runs: Sequence[RunData]) -> str:
-    title = " and ".join(text(run.label) for run in runs)
+def _page(runs: Sequence[RunData], twins: Sequence[RunData]) -> str:
+    labels = [text(run.label) for run in runs]
+    title = " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
     found = "".join(charts(runs))
+    beside = compare(runs, twins) if len(runs) > 1 else []
     body = [
         f"<h1>{title}</h1>",
         '<div class="runs">',
         *(_card(run, number, len(runs) > 1) for number, run in enumerate(runs)),
         "</div>",
+        *(distances(beside) if beside else ()),
         f'<section class="charts">{found}</section>'
         if found
         else '<p class="none">No step was finished yet.</p>',
+        *(contrasts(beside) if beside else ()),
     ]
     if any(run.samples for run in runs):
         body.append("<h2>Samples</h2>")

@@ -42,6 +42,15 @@ class RunData:
         """All metrics that occur, in the order in which they came up."""
         return list(dict.fromkeys(name for row in self.rows for name in row if name != "step"))
 
+    def row(self, step: float) -> Mapping[str, Any]:
+        """All metrics of a step; of rows of the same step, each later one adds to it."""
+        return {name: row[name] for row in self.rows if row["step"] == step for name in row if name != "step"}
+
+    def completions(self, step: float) -> list[tuple[str, str]]:
+        """(prompt, completion) of a step, as far as they were kept."""
+        rows = [row for row in self.samples if row["step"] == step]
+        return [(str(row.get("prompt", "")), str(row.get("completion", ""))) for row in rows]
+
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
     """The runs, each with a label of its own. Raises `ConfigError` for a folder without metrics."""

@@ -39,6 +39,16 @@ vertical-align:middle;background:var(--c,var(--soft))}
 .tick{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}
 .curve{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
 .curve.dashed{stroke-dasharray:4 4;stroke-width:1.4}
+.curve.under{stroke-width:6;opacity:.38}
+.soft{--c:var(--soft)}
+@media (min-width:1200px){.verdicts{grid-column:span 2}}
+.verdicts{justify-content:center;gap:14px}
+.verdict{margin:0;padding-left:12px;border-left:3px solid var(--line);overflow-wrap:anywhere}
+.verdict .name{display:block}
+.verdict.good{border-color:var(--up)}.verdict.bad{border-color:var(--down)}
+.card.scroll{margin-top:14px;padding:6px 18px 10px}
+.compared td,.compared th{padding-right:18px}
+.compared tbody tr:first-child td{border-top:1px solid var(--line)}
 .dot{fill:var(--c)}.dot.far{fill:transparent}.dot:hover{fill:var(--c)}
 .band{fill:var(--c);opacity:.14}
 .bar{fill:var(--c)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from .text import text
 
@@ -28,6 +28,8 @@ class Series:
     band: Sequence[tuple[float, float, float]] = ()
     """(step, low, high)"""
     dashed: bool = False
+    under: bool = False
+    """Broad and pale, for a curve that others lie upon."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +50,22 @@ class Frame:
         return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
 
 
-def line_chart(title: str, series: Sequence[Series], *, zero: bool = False, percent: bool = False) -> str:
-    """Curves over the step. `zero` starts the axis at 0; `percent` writes fractions as percentages."""
+def line_chart(
+    title: str, series: Sequence[Series], *, zero: bool = False, percent: bool = False, log: bool = False
+) -> str:
+    """Curves over the step. `zero` starts the axis at 0; `percent` writes fractions as percentages; with
+    `log` the points and bands are logarithms to the base 10, shown as what they are of."""
+    shown = percent_text if percent else power_text if log else value_text
     drawn = [thin(one) for one in series if any(value is not None for _, value in one.points)]
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points if y is not None]
     ys += [y for one in drawn for _, low, high in one.band for y in (low, high)]
     frame, ticks = fit(xs, ys, zero=zero)
-    parts = [axes(frame, ticks, percent)]
+    if log:
+        ticks = [tick for tick in ticks if tick == round(tick)]
+    parts = [axes(frame, ticks, shown)]
     parts += [_band(one, frame) for one in drawn if one.band]
-    parts += [_line(one, frame, percent) for one in drawn]
+    parts += [_line(one, frame, shown) for one in drawn]
     return _svg(title, parts)
 
 
@@ -71,7 +79,7 @@ def stacked_bars(
     tops = [sum(column) for column in zip(*means, strict=True)]
     frame, ticks = fit([steps[0] - size, steps[-1] + size], tops, zero=True)
     width = max(0.8, (frame.x(size) - frame.x(0)) * 0.82)
-    parts = [axes(frame, ticks, False)]
+    parts = [axes(frame, ticks, value_text)]
     for number, start in enumerate(starts):
         base, centre = 0.0, _mean(steps[start : start + size])
         for (label, style, _), values in zip(layers, means, strict=True):
@@ -123,16 +131,16 @@ def thin(series: Series) -> Series:
     for start in range(0, len(series.band), size):
         rows = series.band[start : start + size]
         band.append((_mean([r[0] for r in rows]), _mean([r[1] for r in rows]), _mean([r[2] for r in rows])))
-    return Series(label=series.label, style=series.style, points=points, band=band, dashed=series.dashed)
+    return replace(series, points=points, band=band)
 
 
-def axes(frame: Frame, ticks: Sequence[float], percent: bool) -> str:
+def axes(frame: Frame, ticks: Sequence[float], shown: Callable[[float], str]) -> str:
     """Horizontal lines with their values, and steps below."""
     parts = []
     for tick in ticks:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_label(LEFT - 7, y + 3.5, "end", value_text(tick, percent)))
+        parts.append(_label(LEFT - 7, y + 3.5, "end", shown(tick)))
     for tick in nice_ticks(frame.x0, frame.x1, 7):
         if frame.x0 <= tick <= frame.x1 and tick == round(tick):
             parts.append(_label(frame.x(tick), HEIGHT - 8, "middle", f"{tick:g}"))
@@ -143,10 +151,18 @@ def _label(x: float, y: float, anchor: str, shown: str) -> str:
     return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{shown}</text>'
 
 
-def value_text(value: float, percent: bool = False) -> str:
-    """A number in few characters: 0.25, 12, 3.1k, 2e-05, 40%."""
-    if percent:
-        return f"{value * 100:.3g}%"
+def percent_text(value: float) -> str:
+    """A fraction as 40%."""
+    return f"{value * 100:.3g}%"
+
+
+def power_text(value: float) -> str:
+    """Ten to the power of the value, as 3e-05."""
+    return f"{10**value:.2g}"
+
+
+def value_text(value: float) -> str:
+    """A number in few characters: 0.25, 12, 3.1k, 2e-05."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.3g}M"
@@ -157,7 +173,7 @@ def value_text(value: float, percent: bool = False) -> str:
     return f"{value:.3g}" if size < 1000 else f"{value:.0f}"
 
 
-def _line(series: Series, frame: Frame, percent: bool) -> str:
+def _line(series: Series, frame: Frame, shown: Callable[[float], str]) -> str:
     path, pen = [], "M"
     few = len(series.points) <= 30
     every = math.ceil(len(series.points) / MAX_DOTS)
@@ -170,10 +186,10 @@ def _line(series: Series, frame: Frame, percent: bool) -> str:
         pen = "L"
         if place % every == 0:
             at = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{2.2 if few else 5}"'
-            told = f"{text(series.label)}, step {x:g}: {value_text(y, percent)}"
+            told = f"{text(series.label)}, step {x:g}: {shown(y)}"
             dots.append(f'<circle class="dot{"" if few else " far"}" {at}><title>{told}</title></circle>')
-    dash = " dashed" if series.dashed else ""
-    return f'<g class="{series.style}"><path class="curve{dash}" d="{"".join(path)}"/>{"".join(dots)}</g>'
+    kind = "curve" + (" dashed" if series.dashed else "") + (" under" if series.under else "")
+    return f'<g class="{series.style}"><path class="{kind}" d="{"".join(path)}"/>{"".join(dots)}</g>'
 
 
 def _band(series: Series, frame: Frame) -> str:

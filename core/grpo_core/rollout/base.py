@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..backend import Backend
+    from ..devices.base import Graph
     from ..model.arch import Arch
     from ..model.chat import Chat
     from ..model.weights import WeightMap
@@ -44,6 +45,9 @@ class RolloutSetup:
     consistent: bool = False
     """A completion's tokens and log-probs depend on its prompt, seed and the weights alone, and the log-probs
     are those of the trainer, bit for bit. The bound ops are batch-invariant then."""
+    capture: Callable[..., tuple[Any, Graph]] | None = None
+    """`GraphDevice.capture` where every op of a decode step can be recorded in a device graph; an engine that
+    has graphs of its own leaves it alone."""
 
 
 class Rollout(Protocol):

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..ops.common import Common
+
     Turn = tuple[Tensor, Tensor]
     """Cosines and sines of each token's rotary angles, float32 [T, rotary_dim / 2]."""
 
@@ -33,6 +35,7 @@ class Pass:
     """Every chunk starts its sequence: nothing is read from the cache."""
     last: Tensor
     """int64; the rows of T that end a prompt, whose logits are wanted."""
+    common: Common | None = None
 
 
 class Chunk(NamedTuple):
@@ -58,6 +61,7 @@ class StepAt(NamedTuple):
     """int64 [B]"""
     rows: Tensor
     """int64 [B]; rows of the recurrent states."""
+    common: Common | None
 
 
 class PrefillAt(NamedTuple):

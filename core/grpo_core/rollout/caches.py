@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..model.arch import MLA, Attention, GatedDelta
 from ..ops.attention import CacheSpec
+from .graphs import PAD_TOKENS
 from .options import NativeOptions, cache_size, state_rows
 from .states import SlotCounter, StatefulCache, States
 
@@ -24,6 +25,13 @@ class CachePlan:
     """Latents (MLA) instead of keys and values."""
     rows: int
     """Sequences with recurrent states; 0 for a model without any."""
+    padding: int = 0
+    """Tokens of the cache for rows that a device graph does not fill."""
+
+    @property
+    def room(self) -> int:
+        """Tokens for sequences."""
+        return self.tokens.max_tokens - self.padding
 
 
 def plan_cache(setup: RolloutSetup, options: NativeOptions) -> CachePlan:
@@ -44,6 +52,8 @@ def plan_cache(setup: RolloutSetup, options: NativeOptions) -> CachePlan:
         options, arch, max_sequences=setup.max_sequences, max_model_len=setup.max_model_len,
         itemsize=itemsize, rows=rows,
     )  # fmt: skip
+    # Device graphs need a slot for rows that are not filled.
+    padded = int(setup.capture is not None)
     spec = CacheSpec(
         num_layers=sum(_shape(layer.mixer) is not None for layer in arch.layers),
         num_key_value_heads=kv_heads,
@@ -52,10 +62,12 @@ def plan_cache(setup: RolloutSetup, options: NativeOptions) -> CachePlan:
         dtype=setup.dtype,
         device=setup.device,
         # A running sequence may be the only child of its prompt's slot.
-        max_slots=2 * setup.max_sequences + 1,
-        max_tokens=tokens,
+        max_slots=2 * setup.max_sequences + 1 + padded,
+        max_tokens=tokens + PAD_TOKENS * padded,
     )
-    return CachePlan(tokens=spec, latent=latent, rows=rows)
+    return CachePlan(
+        tokens=spec, latent=latent, rows=rows + padded if rows else 0, padding=PAD_TOKENS * padded
+    )
 
 
 def make_cache(setup: RolloutSetup, plan: CachePlan) -> Any:

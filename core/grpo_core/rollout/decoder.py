@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..backend import Backend
     from ..model.arch import Arch, Rope
+    from ..ops.common import Common
     from .batch import Pass, Turn
     from .weights import DecoderWeights
 
@@ -95,8 +96,9 @@ class DenseDecoder(_Decoder):
             )
 
     def step(
-        self, tokens_B: Tensor, positions_B: Tensor, slots_B: Tensor, record_BMk: Tensor | None = None
-    ) -> Tensor:
+        self, tokens_B: Tensor, positions_B: Tensor, slots_B: Tensor, record_BMk: Tensor | None = None,
+        common: Common | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits [B, V] of the token after `tokens_B`, which is written at `positions_B` of `slots_B`."""
         norm, swiglu = self._norm, self._swiglu
         turns = self._turns(positions_B)
@@ -104,7 +106,9 @@ class DenseDecoder(_Decoder):
         x = norm(residual, self._first_norm, residual=None)
         for qkv, attend, _, out, mlp_norm, gate_up, down, next_norm, rope in self._layers:
             cos, sin = turns[rope]
-            attended = attend(qkv(x), cos_BR=cos, sin_BR=sin, positions=positions_B, slots=slots_B)
+            attended = attend(
+                qkv(x), cos_BR=cos, sin_BR=sin, positions=positions_B, slots=slots_B, common=common
+            )
             x, residual = norm(out(attended), mlp_norm, residual=residual)
             x, residual = norm(down(swiglu(gate_up(x))), next_norm, residual=residual)
         return self._head(x)
@@ -145,11 +149,13 @@ class MixedDecoder(_Decoder):
         self._routed_last = isinstance(arch.layers[-1].ffn, MoE)
 
     def step(
-        self, tokens_B: Tensor, positions_B: Tensor, slots_B: Tensor, record_BMk: Tensor | None = None
-    ) -> Tensor:
+        self, tokens_B: Tensor, positions_B: Tensor, slots_B: Tensor, record_BMk: Tensor | None = None,
+        common: Common | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `DenseDecoder.step`."""
         norm = self._norm
-        at = StepAt(self._turns(positions_B), positions_B, positions_B + 1, slots_B, self._rows(slots_B))
+        rows_B = self._rows(slots_B)
+        at = StepAt(self._turns(positions_B), positions_B, positions_B + 1, slots_B, rows_B, common)
         residual = embedding(tokens_B, self._embed)
         x = norm(residual, self._first_norm, residual=None)
         for step, _, out, mlp_norm, feed_forward, next_norm in self._layers:

@@ -63,13 +63,13 @@ class DeltaMixer:
         mixed_TC, z_TV = torch.split(self.qkvz(x_TC), self.split, dim=-1)
         g_TK, beta_TK = gates(self.ba(x_TC), self.A_log_K, self.dt_bias_K, self.arithmetic)
         mixed_TC, window_SCW = self.conv.varlen(
-            mixed_TC, self.filter_CW, cu_seqlens=batch.cu_seqlens, final_state=True,
+            mixed_TC, self.filter_CW, cu_seqlens=batch.cu_seqlens, final_state=True, common=batch.common,
             initial_state_SCW=None if batch.fresh else state.window_NCW.index_select(0, at.rows),
         )  # fmt: skip
         o_TKE, delta_SKDE = self.delta.chunk(
             *heads(self.spec, mixed_TC), g_TK, beta_TK, cu_seqlens=batch.cu_seqlens, scale=self.scale,
             initial_state_SKDE=None if batch.fresh else state.delta_NKDE.index_select(0, at.rows),
-            final_state=True,
+            final_state=True, common=batch.common,
         )  # fmt: skip
         assert window_SCW is not None and delta_SKDE is not None
         state.window_NCW.index_copy_(0, at.rows, window_SCW)

@@ -12,7 +12,9 @@ from ..errors import ConfigError, DataError, GrpoError
 from ..model.checkpoint_io import read_tensors
 from .caches import make_cache, plan_cache
 from .decoder import make_decoder
+from .graphs import GraphedDecoder
 from .options import parse_options
+from .recording import routed_shape
 from .run import Counters, Run
 from .weights import DecoderWeights
 
@@ -43,7 +45,7 @@ class NativeRollout:
         )  # fmt: skip
         self._plan = plan_cache(setup, self._options)
         self._cache: Any = None
-        self._decoder: InferenceDecoder | None = None
+        self._decoder: InferenceDecoder | GraphedDecoder | None = None
         self._version = 0
         self._from_disk = True
         """No weights but those of the checkpoint's folder were ever held."""
@@ -72,9 +74,11 @@ class NativeRollout:
         decoder, cache = self._ready()
         self._busy = True
         try:
+            if isinstance(decoder, GraphedDecoder):
+                decoder.open(cache)
             run = Run(
                 self._setup, decoder, cache, prompts, sampling, counters=self._counters,
-                weight_version=self._version, cache_tokens=self._plan.tokens.max_tokens,
+                weight_version=self._version, cache_tokens=self._plan.room,
                 prefill_tokens=self._options.prefill_tokens,
             )  # fmt: skip
             while not run.done:
@@ -91,12 +95,14 @@ class NativeRollout:
             self._weights.load(tensors)
         self._version = version
         self._from_disk = False
-        self._ready()
+        decoder, _ = self._ready()
+        if isinstance(decoder, GraphedDecoder):
+            decoder.follow()
 
     def sleep(self) -> None:
         """See `Rollout.sleep`."""
         self._check_idle("sleep")
-        self._decoder = None
+        self._drop_decoder()
         self._weights.drop()
         if self._cache is not None:
             with torch.inference_mode():
@@ -110,7 +116,8 @@ class NativeRollout:
 
     def close(self) -> None:
         """Free everything, a call under way included; the engine cannot be used afterwards."""
-        self._decoder = self._cache = None
+        self._drop_decoder()
+        self._cache = None
         self._weights.drop()
         self._from_disk = False
 
@@ -124,17 +131,18 @@ class NativeRollout:
             "device": str(setup.device),
             "max_sequences": setup.max_sequences,
             "max_model_len": setup.max_model_len,
-            "cache_tokens": self._plan.tokens.max_tokens,
+            "cache_tokens": self._plan.room,
             "state_rows": self._plan.rows,
             "prefill_tokens": self._options.prefill_tokens,
             "fused_step": setup.backend.attention.step is not None,
             "weight_bytes": self._weights.nbytes(),
             "cache_bytes": 0 if self._cache is None else self._cache.nbytes(),
+            "graphs": self._decoder.describe() if isinstance(self._decoder, GraphedDecoder) else None,
             "counters": asdict(self._counters),
         }
 
     @torch.inference_mode()
-    def _ready(self) -> tuple[InferenceDecoder, Any]:
+    def _ready(self) -> tuple[InferenceDecoder | GraphedDecoder, Any]:
         """The decoder and its cache, made where they are not there."""
         if not self._weights.loaded:
             self._read_checkpoint()
@@ -143,13 +151,28 @@ class NativeRollout:
         elif self._decoder is None:
             self._cache.restore()
         if self._decoder is None:
-            setup = self._setup
-            self._decoder = make_decoder(
-                setup.arch, setup.backend, self._weights, self._cache, max_model_len=setup.max_model_len,
-                device=setup.device, router_dtype=getattr(torch, setup.router_dtype),
-                consistent=setup.consistent,
-            )  # fmt: skip
+            self._decoder = self._make_decoder()
         return self._decoder, self._cache
+
+    def _make_decoder(self) -> InferenceDecoder | GraphedDecoder:
+        setup = self._setup
+        decoder = make_decoder(
+            setup.arch, setup.backend, self._weights, self._cache, max_model_len=setup.max_model_len,
+            device=setup.device, router_dtype=getattr(torch, setup.router_dtype),
+            consistent=setup.consistent,
+        )  # fmt: skip
+        if setup.capture is None:
+            return decoder
+        routed = routed_shape(setup.arch) if setup.record_experts else (0, 0)
+        return GraphedDecoder(
+            decoder, setup.capture, self._weights, max_rows=setup.max_sequences,
+            max_model_len=setup.max_model_len, routed=routed, device=setup.device,
+        )  # fmt: skip
+
+    def _drop_decoder(self) -> None:
+        if isinstance(self._decoder, GraphedDecoder):
+            self._decoder.release()
+        self._decoder = None
 
     def _read_checkpoint(self) -> None:
         if not self._from_disk:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..backend import Backend
     from ..model.arch import MLA
+    from ..ops.common import Common
     from ..ops.mla import LatentLayer
     from .batch import PrefillAt, StepAt, Turn
     from .weights import DecoderWeights
@@ -48,32 +49,36 @@ class LatentMixer:
 
     def step(self, x_BC: Tensor, at: StepAt) -> Tensor:
         """Attended values of one token of each sequence, [B, H * E]."""
-        q_nope_BHN, q_rope_BHR, latent_BL, k_rope_BR = self._project(x_BC, at.turns[self.rope])
+        q_nope_BHN, q_rope_BHR, latent_BL, k_rope_BR = self._project(x_BC, at.turns[self.rope], at.common)
         self.cache.write(latent_BL, k_rope_BR, slots_T=at.slots, positions_T=at.positions)
         o_BHE = self.ops.decode(
             q_nope_BHN, q_rope_BHR, self.cache, self.w_uk_HNL, self.w_uv_HEL,
-            seqlens_k=at.seqlens_k, slots=at.slots, scale=self.spec.scale,
+            seqlens_k=at.seqlens_k, slots=at.slots, scale=self.spec.scale, common=at.common,
         )  # fmt: skip
         return o_BHE.flatten(1)
 
     def prefill(self, x_TC: Tensor, at: PrefillAt) -> Tensor:
         """Attended values of a pass, [T, H * E]."""
-        batch, scale = at.batch, self.spec.scale
-        q_nope_THN, q_rope_THR, latent_TL, k_rope_TR = self._project(x_TC, at.turns[self.rope])
+        batch, scale, common = at.batch, self.spec.scale, at.batch.common
+        q_nope_THN, q_rope_THR, latent_TL, k_rope_TR = self._project(x_TC, at.turns[self.rope], common)
         self.cache.write(latent_TL, k_rope_TR, slots_T=batch.slots_T, positions_T=batch.positions_T)
         if batch.fresh:
             o_THE = self.ops.varlen(
                 q_nope_THN, q_rope_THR, latent_TL, k_rope_TR, self.w_uk_HNL, self.w_uv_HEL,
                 cu_seqlens=batch.cu_seqlens, parents=None, max_seqlen=batch.max_seqlen, scale=scale,
+                common=common,
             )  # fmt: skip
         else:
             o_THE = self.ops.prefill(
                 q_nope_THN, q_rope_THR, self.cache, self.w_uk_HNL, self.w_uv_HEL,
                 cu_seqlens_q=batch.cu_seqlens, seqlens_k=batch.seqlens_k, slots=batch.slots, scale=scale,
+                common=common,
             )  # fmt: skip
         return o_THE.flatten(1)
 
-    def _project(self, x_TC: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(
+        self, x_TC: Tensor, turn: Turn, common: Common | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q_nope_THN, q_rope_THR, latent_TL, k_rope_TR), normed and rotated."""
         spec = self.spec
         nope, rope = spec.qk_nope_head_dim, spec.qk_rope_head_dim
@@ -81,6 +86,6 @@ class LatentMixer:
         q_nope_THN, q_rope_THR = torch.split(q_THD, [nope, rope], dim=-1)
         latent_TL, k_rope_TR = torch.split(self.kv_a(x_TC), [spec.kv_lora_rank, rope], dim=-1)
         q_rope_THR, k_rope_T1R = self.turn(
-            q_rope_THR, k_rope_TR[:, None], *turn, interleaved=spec.rope.interleaved
+            q_rope_THR, k_rope_TR[:, None], *turn, interleaved=spec.rope.interleaved, common=common
         )
         return q_nope_THN, q_rope_THR, self.norm_latent(latent_TL), k_rope_T1R[:, 0]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from ..ops.common import Common
 from .batch import Chunk, Pass
 
 
@@ -58,4 +59,9 @@ def pack(prompts: Sequence[tuple[int, Sequence[int]]], chunks: Sequence[Chunk], 
         seqlens_k=tensor(np.array([chunk.stop for chunk in chunks])),
         fresh=all(chunk.start == 0 for chunk in chunks),
         last=tensor(ends[finished] - 1),
+        common=Common(
+            cu_seqlens=[0, *ends.tolist()],
+            seqlens_k=[chunk.stop for chunk in chunks],
+            max_seqlen_k=max(chunk.stop for chunk in chunks),
+        ),
     )

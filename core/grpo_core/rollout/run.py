@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..ops.common import Common
 from ..types import Completion
 from .lanes import Lanes
 from .prefill import passes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..types import Prompt, Sampling
     from .base import RolloutSetup
     from .decoder import InferenceDecoder
+    from .graphs import GraphedDecoder
     from .lanes import Drawn
     from .scheduler import Slots
 
@@ -50,9 +52,9 @@ class Run:
     """The state of one call; `advance` until `done`."""
 
     def __init__(
-        self, setup: RolloutSetup, decoder: InferenceDecoder, cache: Slots, prompts: Sequence[Prompt],
-        sampling: Sampling, *, counters: Counters, weight_version: int, cache_tokens: int,
-        prefill_tokens: int,
+        self, setup: RolloutSetup, decoder: InferenceDecoder | GraphedDecoder, cache: Slots,
+        prompts: Sequence[Prompt], sampling: Sampling, *, counters: Counters, weight_version: int,
+        cache_tokens: int, prefill_tokens: int,
     ) -> None:  # fmt: skip
         self.setup = setup
         self.decoder = decoder
@@ -151,13 +153,19 @@ class Run:
     def _step(self) -> list[Completion]:
         lanes = self.lanes
         record = self.recorder.buffer(len(lanes)) if self.recorder else None
-        logits_BV = self.decoder.step(lanes.tokens_B, lanes.positions_B, lanes.slots_B, record)
+        common = Common(seqlens_k=self._seqlens_k, max_seqlen_k=self.setup.max_model_len)
+        logits_BV = self.decoder.step(lanes.tokens_B, lanes.positions_B, lanes.slots_B, record, common)
         if self.recorder and record is not None:
             self.recorder.note_step(record, lanes)
         lanes.positions_B += 1
         self.counters.decode_steps += 1
         self.counters.decode_rows += len(lanes)
         return self._draw(slice(0, len(lanes)), logits_BV)
+
+    def _seqlens_k(self) -> NDArray[np.int64]:
+        """Tokens of each running sequence with the one that this step writes; asked for by few devices."""
+        seqlens: NDArray[np.int64] = self.prompt_lengths[self.lanes.groups] + self.lanes.counts
+        return seqlens
 
     def _draw(self, rows: slice, logits_BV: Tensor) -> list[Completion]:
         """Sample one token for `rows` and let go of the sequences that it ends."""

@@ -15,6 +15,7 @@ from ..errors import ConfigError, GrpoError, NonFiniteError
 from ..model.checkpoint_io import load_checkpoint
 from ..model.kept import read_kept, with_kept
 from ..model.transformer import Decoder
+from ..ops.common import Common
 from ..types import Batch, StepMetrics
 from .base import LossFn, TrainSetup
 from .gradients import Gradients, square_sums
@@ -206,11 +207,13 @@ class NativeTrainer:
         if batch.labels_L.shape[0] == 0:
             empty_L = torch.zeros(0, device=batch.labels_L.device)
             return empty_L, empty_L
-        alone = not bool((batch.parents_S >= 0).any())
+        host = batch.host_parents
+        alone = not bool((batch.parents_S >= 0).any()) if host is None else all(one < 0 for one in host)
         hidden_TC = model(
             batch.tokens_T, batch.positions_T, cu_seqlens=batch.cu_seqlens,
             parents=None if alone else batch.parents_S, max_seqlen=batch.max_seqlen, recompute=recompute,
             routed_experts_TMk=routed, record_TMk=record, free_TMk=free,
+            common=Common(cu_seqlens=batch.host_cu_seqlens, parents=batch.host_parents),
         )  # fmt: skip
         return self.setup.backend.loss.logprob(
             hidden_TC.index_select(0, batch.predict_L), model.head_weight(), batch.labels_L,

@@ -19,9 +19,11 @@ def adamw(
     with torch.no_grad():
         for param, grad, first, second, weight_decay, copy in rows:
             if param.numel():
+                if grad_scale != 1:
+                    grad.mul_(grad_scale)
                 torch_npu.npu_apply_adam_w(
                     beta1 ** (step - 1), beta2 ** (step - 1), lr, weight_decay, beta1, beta2, eps,
-                    grad if grad_scale == 1 else grad * grad_scale, None, False, False,
+                    grad, None, False, False,
                     out=(param, first, second),
                 )  # fmt: skip
             if copy is not None:

@@ -50,6 +50,8 @@ class HcclGroup:
     def all_reduce(self, x: Tensor, *, op: str) -> None:
         """See `Group.all_reduce`. Raises ValueError for another op, and for "avg" of integers."""
         check_reduction(x, op)
+        if not x.numel():
+            return
         if x.dtype == torch.float64:
             flat = x.detach().cpu().contiguous()
             self._host.all_reduce(flat, op="sum" if op == "avg" else op)
@@ -90,6 +92,8 @@ class HcclGroup:
     def broadcast(self, x: Tensor, *, src: int) -> None:
         """See `Group.broadcast`. Raises ValueError for a rank outside of the group."""
         check_source(src, self.size)
+        if not x.numel():
+            return
         flat = _movable(x)
         options: Any = dist.BroadcastOptions()
         options.rootRank = src

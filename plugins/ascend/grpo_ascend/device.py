@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from grpo_core.devices.base import Probe
 from grpo_core.errors import PluginError
@@ -14,12 +14,18 @@ from grpo_core.impl import DeviceInfo
 from . import host
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
+    from grpo_core.devices.base import Graph
+
+T = TypeVar("T")
+
 DTYPES = frozenset({"bfloat16", "float16", "float32"})
 """No float64: neither the vector units nor HCCL have it."""
-FEATURES = frozenset({"fast_bf16"})
+FEATURES = frozenset({"fast_bf16", "graphs"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,8 @@ class Ascend:
     visible_env: str = "ASCEND_RT_VISIBLE_DEVICES"
     comm: str = "hccl"
     deterministic: bool = True
+    doctor: str = "grpo_ascend.doctor"
+    """Module behind `grpo doctor --device ascend`."""
 
     def probe(self) -> Probe:
         """Found where driver, CANN and torch_npu are; else the reasons, each with its fix."""
@@ -48,10 +56,13 @@ class Ascend:
             reason = f"{count} of {present} visible by {self.visible_env}={os.environ[self.visible_env]}"
         else:
             reason = f"{present} found"
+        features, name = FEATURES, "Ascend NPU"
+        if host.simulated():
+            # Recording is the one thing that the simulation does not have.
+            features, name = FEATURES - {"graphs"} | {host.SIMULATED}, f"{name}, simulated CANN"
         info = DeviceInfo(
-            type=self.type, vendor=self.vendor, name="Ascend NPU", count=count, dtypes=DTYPES,
-            features=FEATURES,
-        )  # fmt: skip
+            type=self.type, vendor=self.vendor, name=name, count=count, dtypes=DTYPES, features=features
+        )
         return Probe(found=count > 0, reason=reason, info=info)
 
     def open(self, index: int) -> torch.device:
@@ -76,6 +87,9 @@ class Ascend:
             torch.utils.deterministic.fill_uninitialized_memory = False
         torch_npu.npu.set_compile_mode(jit_compile=False)
         torch_npu.npu.config.allow_internal_format = False
+        # By default torch_npu computes float32 convolutions in HF32, which has fewer bits.
+        torch_npu.npu.conv.allow_hf32 = False
+        torch_npu.npu.matmul.allow_hf32 = False
         device = torch.device(self.type, index)
         torch_npu.npu.set_device(device)
         return device
@@ -104,6 +118,12 @@ class Ascend:
         import torch_npu
 
         torch_npu.npu.set_rng_state(state)
+
+    def capture(self, call: Callable[[], T], *, beside: Graph | None) -> tuple[T, Graph]:
+        """See `GraphDevice.capture`."""
+        from .graph import capture
+
+        return capture(call, beside)
 
     def _load(self) -> None:
         """Import torch_npu, with its error in a user's words."""

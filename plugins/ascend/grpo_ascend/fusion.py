@@ -8,6 +8,8 @@ import torch
 import torch_npu
 from torch import Tensor
 
+from grpo_core.ops.common import Common
+
 from .lengths import ends_of, key_plan
 
 MAX_SEGMENTS = 1024
@@ -19,30 +21,34 @@ BAND = 4
 
 
 @functools.cache
+@torch.inference_mode(False)
 def causal_mask(device: torch.device) -> Tensor:
-    """The mask that the sparse modes expand, whatever the lengths: bool [2048, 2048], True is masked."""
+    """The mask that the sparse modes expand, whatever the lengths: bool [2048, 2048], True is masked.
+
+    A rollout may be the first to ask; autograd could not save a tensor of inference mode for backward.
+    """
     return torch.triu(torch.ones(2048, 2048, dtype=torch.bool, device=device), diagonal=1)
 
 
 def varlen(
     q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    causal: bool, window: int | None,
+    causal: bool, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Varlen`."""
-    ends = ends_of(cu_seqlens, q_THD.shape[0])
+    ends = ends_of(cu_seqlens, q_THD.shape[0], common)
     return attend(q_THD, k_TKD, v_TKE, ends, ends, scale=scale, causal=causal, window=window)
 
 
 def shared_prefix(
     q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, *, cu_seqlens: Tensor, parents: Tensor, max_seqlen: int,
-    scale: float, window: int | None,
+    scale: float, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.SharedPrefix`.
 
     A child's keys are its parent's and its own side by side; aligned at the end, its first query sees all of
     the parent. Keys and values of a parent are copied for each child, projections and queries are not.
     """
-    plan = key_plan(cu_seqlens, parents, q_THD.shape[0])
+    plan = key_plan(cu_seqlens, parents, q_THD.shape[0], common)
     if plan.rows is not None:
         k_TKD, v_TKE = k_TKD.index_select(0, plan.rows), v_TKE.index_select(0, plan.rows)
     return attend(q_THD, k_TKD, v_TKE, plan.ends_q, plan.ends_k, scale=scale, causal=True, window=window)

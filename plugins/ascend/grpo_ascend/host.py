@@ -19,6 +19,8 @@ DRIVER = Path("/usr/local/Ascend/driver/version.info")
 TOOLKITS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann")
 TOOLKIT_ENV = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
 """Variables that CANN's set_env.sh sets."""
+SIMULATED = "simulated"
+"""File in the toolkit's folder that a simulated CANN brings: its text is the number of NPUs."""
 SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 
 
@@ -26,6 +28,8 @@ SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 class Lack:
     """Something that keeps this host from using its chips."""
 
+    part: str
+    """ "driver", "CANN" or "torch-npu"."""
     what: str
     fix: str
 
@@ -33,15 +37,24 @@ class Lack:
         return f"{self.what} (fix: {self.fix})"
 
 
-def chips() -> int:
-    """Chips with a device file, whether or not this process may see them."""
-    return len(glob.glob(NODES))
+def chips(environment: Mapping[str, str] = os.environ) -> int:
+    """Chips with a device file, or those of a simulated CANN, whether or not this process may see them."""
+    return simulated(environment) or len(glob.glob(NODES))
+
+
+def simulated(environment: Mapping[str, str] = os.environ) -> int:
+    """Chips of a simulated CANN, where that is set up; else 0."""
+    files = [Path(folder) / SIMULATED for folder in _toolkits(environment)]
+    return next((int(file.read_text()) for file in files if file.is_file()), 0)
 
 
 def lacks(environment: Mapping[str, str] = os.environ) -> Iterator[Lack]:
     """What is missing, the most basic first."""
-    if not chips():
+    if simulated(environment):
+        pass
+    elif not chips(environment):
         yield Lack(
+            part="driver",
             what=f"no device file matches {NODES}",
             fix="install the Ascend driver and firmware; in a container pass --device=/dev/davinci0 or use "
             "the ascend runtime",
@@ -50,11 +63,13 @@ def lacks(environment: Mapping[str, str] = os.environ) -> Iterator[Lack]:
         missing = [path for path in MANAGERS if not Path(path).exists()]
         if missing:
             yield Lack(
+                part="driver",
                 what=f"{' and '.join(missing)} are not here",
                 fix="pass them to the container too: " + " ".join(f"--device={path}" for path in missing),
             )
         if not DRIVER.exists():
             yield Lack(
+                part="driver",
                 what=f"{DRIVER} is not here",
                 fix="mount the driver: -v /usr/local/Ascend/driver:/usr/local/Ascend/driver:ro",
             )
@@ -62,22 +77,34 @@ def lacks(environment: Mapping[str, str] = os.environ) -> Iterator[Lack]:
 
 
 def _software(environment: Mapping[str, str]) -> Iterator[Lack]:
-    named = [environment[name] for name in TOOLKIT_ENV if environment.get(name)]
-    if not any(Path(folder).is_dir() for folder in named):
+    if toolkit(environment) is None:
         here = [folder for folder in TOOLKITS if Path(folder).is_dir()]
         yield Lack(
+            part="CANN",
             what="CANN is not set up in this shell" if here else "CANN is not installed",
             fix=f"source {here[0]}/set_env.sh" if here else f"install the CANN toolkit, then {SET_ENV}",
         )
     if importlib.util.find_spec("torch_npu") is None:
-        yield Lack(what="package torch_npu is not installed", fix='pip install "grpo-core[ascend]"')
+        yield Lack(
+            part="torch-npu", what="package torch_npu is not installed", fix='pip install "grpo-core[ascend]"'
+        )
         return
     ours, theirs = installed_version("torch"), installed_version("torch-npu")
     if ours and theirs and release(ours) != release(theirs):
         yield Lack(
+            part="torch-npu",
             what=f"torch {ours} and torch-npu {theirs} are no pair",
             fix=f"pip install torch=={release(theirs)}, or the torch-npu of torch {release(ours)}",
         )
+
+
+def toolkit(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Folder of the CANN that is set up in this shell."""
+    return next((Path(folder) for folder in _toolkits(environment) if Path(folder).is_dir()), None)
+
+
+def _toolkits(environment: Mapping[str, str]) -> list[str]:
+    return [environment[name] for name in TOOLKIT_ENV if environment.get(name)]
 
 
 def release(version: str) -> str:

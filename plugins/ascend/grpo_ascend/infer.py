@@ -7,6 +7,7 @@ import torch_npu
 from torch import Tensor
 
 from grpo_core.ops.attention import CacheSpec, LayerCache
+from grpo_core.ops.common import Common
 
 from .fusion import RIGHT_DOWN, causal_mask
 from .norm import rms_norm
@@ -48,20 +49,20 @@ def _layer(index: int, table: Pages) -> PagedLayer:
 
 def prefill(
     q_THD: Tensor, cache: LayerCache, *, cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor,
-    scale: float, window: int | None,
+    scale: float, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Prefill`, over a `KeyValueLayer`; without a window."""
     layer = layer_of(cache, KeyValueLayer)
     _no_window(window)
     if not q_THD.shape[0]:
         return torch.zeros_like(q_THD)
-    lengths = layer.table.lengths(layer.index, seqlens_k)
+    lengths = layer.table.lengths(layer.index, seqlens_k, common=common)
     o_THD, _ = torch_npu.npu_fused_infer_attention_score(
         q_THD.contiguous(),
         layer.first.flatten(2),
         layer.second.flatten(2),
         atten_mask=causal_mask(q_THD.device),
-        actual_seq_lengths=layer.table.ends(layer.index, cu_seqlens_q, q_THD.shape[0])[1:],
+        actual_seq_lengths=layer.table.ends(layer.index, cu_seqlens_q, q_THD.shape[0], common)[1:],
         actual_seq_lengths_kv=lengths,
         block_table=layer.table.block_table(layer.index, slots, lengths),
         num_heads=q_THD.shape[1],
@@ -76,15 +77,19 @@ def prefill(
 
 
 def decode(
-    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None
-) -> Tensor:
+    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None,
+    common: Common | None = None,
+) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Decode`, over a `KeyValueLayer`; without a window."""
     layer = layer_of(cache, KeyValueLayer)
     _no_window(window)
-    return attend_one(q_BHD, layer, layer.table.lengths(layer.index, seqlens_k), slots, scale)
+    lengths = layer.table.lengths(layer.index, seqlens_k, common=common)
+    return attend_one(q_BHD, layer, lengths, slots, scale, common)
 
 
-def attend_one(q_BHD: Tensor, layer: PagedLayer, lengths: list[int], slots: Tensor, scale: float) -> Tensor:
+def attend_one(
+    q_BHD: Tensor, layer: PagedLayer, lengths: list[int], slots: Tensor, scale: float, common: Common | None
+) -> Tensor:
     """One query of each sequence over its pages."""
     if not q_BHD.shape[0]:
         return torch.zeros_like(q_BHD)
@@ -93,7 +98,7 @@ def attend_one(q_BHD: Tensor, layer: PagedLayer, lengths: list[int], slots: Tens
         layer.first.flatten(2),
         layer.second.flatten(2),
         actual_seq_lengths_kv=lengths,
-        block_table=layer.table.block_table(layer.index, slots, lengths),
+        block_table=layer.table.block_table(layer.index, slots, lengths, common),
         num_heads=q_BHD.shape[1],
         scale=scale,
         input_layout="BNSD",
@@ -107,11 +112,11 @@ def attend_one(q_BHD: Tensor, layer: PagedLayer, lengths: list[int], slots: Tens
 def step(
     qkv_BW: Tensor, cache: LayerCache, *, cos_BR: Tensor, sin_BR: Tensor, positions: Tensor, slots: Tensor,
     num_heads: int, scale: float, window: int | None, interleaved: bool, q_norm: Tensor | None,
-    k_norm: Tensor | None, eps: float,
+    k_norm: Tensor | None, eps: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Step`, over a `KeyValueLayer`; without a window.
 
-    The layers of a step get the same `positions`, so that the host asks the NPU for them once.
+    Without `common` the host asks the NPU for the lengths, once for all layers with the same `positions`.
     """
     layer = layer_of(cache, KeyValueLayer)
     _no_window(window)
@@ -122,10 +127,10 @@ def step(
         q_BHD = rms_norm(q_BHD, q_norm, eps=eps, residual=None, zero_centered=False)
     if k_norm is not None:
         k_BKD = rms_norm(k_BKD, k_norm, eps=eps, residual=None, zero_centered=False)
-    q_BHD, k_BKD = rope_apply(q_BHD, k_BKD, cos_BR, sin_BR, interleaved=interleaved)
+    q_BHD, k_BKD = rope_apply(q_BHD, k_BKD, cos_BR, sin_BR, interleaved=interleaved, common=common)
     cache.write(k_BKD, v_BKD, slots_T=slots, positions_T=positions)
-    lengths = layer.table.lengths(layer.index, positions, more=1)
-    return attend_one(q_BHD, layer, lengths, slots, scale).flatten(1)
+    lengths = layer.table.lengths(layer.index, positions, more=1, common=common)
+    return attend_one(q_BHD, layer, lengths, slots, scale, common).flatten(1)
 
 
 def _no_window(window: int | None) -> None:

@@ -9,6 +9,7 @@ import torch_npu
 from torch import Tensor
 
 from grpo_core.ops.attention import CacheSpec
+from grpo_core.ops.common import Common
 from grpo_core.ops.mla import LatentLayer
 from grpo_core.ops.reference.mla import latent_shapes
 
@@ -21,9 +22,10 @@ from .pages import PagedCache, PagedLayer, Pages, layer_of
 def varlen(
     q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TL: Tensor, k_rope_TR: Tensor, w_uk_HNL: Tensor,
     w_uv_HEL: Tensor, *, cu_seqlens: Tensor, parents: Tensor | None, max_seqlen: int, scale: float,
+    common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaVarlen`: keys of N + R, values of E, which the vendor takes as they are."""
-    plan = key_plan(cu_seqlens, parents, q_nope_THN.shape[0])
+    plan = key_plan(cu_seqlens, parents, q_nope_THN.shape[0], common)
     k_THD, v_THE = _expand(latent_TL, k_rope_TR, w_uk_HNL, w_uv_HEL)
     if plan.rows is not None:
         k_THD, v_THE = k_THD.index_select(0, plan.rows), v_THE.index_select(0, plan.rows)
@@ -74,12 +76,12 @@ def _layer(index: int, table: Pages) -> PagedLayer:
 
 def prefill(
     q_nope_THN: Tensor, q_rope_THR: Tensor, cache: LatentLayer, w_uk_HNL: Tensor, w_uv_HEL: Tensor, *,
-    cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float,
+    cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaPrefill`, over `LatentPages`; what is in sight is gathered and expanded."""
     layer = layer_of(cache, LatentPages)
-    lengths = layer.table.lengths(layer.index, seqlens_k)
-    ends_q = layer.table.ends(layer.index, cu_seqlens_q, q_nope_THN.shape[0])
+    lengths = layer.table.lengths(layer.index, seqlens_k, common=common)
+    ends_q = layer.table.ends(layer.index, cu_seqlens_q, q_nope_THN.shape[0], common)
     if ends_q[-1] == 0:
         return q_nope_THN.new_zeros(0, *w_uv_HEL.shape[:2])
     # A sequence without new tokens has keys all the same, which no query reads.
@@ -97,13 +99,13 @@ def prefill(
 
 def decode(
     q_nope_BHN: Tensor, q_rope_BHR: Tensor, cache: LatentLayer, w_uk_HNL: Tensor, w_uv_HEL: Tensor, *,
-    seqlens_k: Tensor, slots: Tensor, scale: float,
+    seqlens_k: Tensor, slots: Tensor, scale: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaDecode`, over `LatentPages`: one key head of the latent serves all heads."""
     layer = layer_of(cache, LatentPages)
     if not q_nope_BHN.shape[0]:
         return q_nope_BHN.new_zeros(0, *w_uv_HEL.shape[:2])
-    lengths = layer.table.lengths(layer.index, seqlens_k)
+    lengths = layer.table.lengths(layer.index, seqlens_k, common=common)
     q_BHL = torch.einsum("bhn,hnl->bhl", q_nope_BHN, w_uk_HNL)
     latents = layer.first.flatten(2)
     o_BH1L, _ = torch_npu.npu_fused_infer_attention_score_v2(
@@ -113,7 +115,7 @@ def decode(
         query_rope=q_rope_BHR.unsqueeze(2).contiguous(),
         key_rope=layer.second.flatten(2),
         actual_seq_kvlen=lengths,
-        block_table=layer.table.block_table(layer.index, slots, lengths),
+        block_table=layer.table.block_table(layer.index, slots, lengths, common),
         num_query_heads=q_BHL.shape[1],
         softmax_scale=scale,
         input_layout="BNSD",

@@ -1,7 +1,7 @@
-"""Sequence lengths on the host, where Ascend's attention wants them, fetched once and not once a layer.
+"""Sequence lengths on the host, where Ascend's attention wants them: a list of ints without the leading 0.
 
-The contracts give cumulative lengths with a leading 0 on the device; `npu_fusion_attention` takes a list of
-ints without it.
+A caller that packed the batch knows them and says so (`Common`); otherwise they are fetched from the device,
+once and not once a layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import bounds, parent_list
 
 T = TypeVar("T")
@@ -45,8 +46,10 @@ class Remembered:
 _ENDS, _PLANS = Remembered(), Remembered()
 
 
-def ends_of(cu_seqlens: Tensor, tokens: int) -> list[int]:
+def ends_of(cu_seqlens: Tensor, tokens: int, common: Common | None = None) -> list[int]:
     """Ends of the sequences, the leading 0 included. Raises ValueError when they do not cover the tokens."""
+    if common is not None and common.cu_seqlens is not None:
+        return bounds(cu_seqlens, tokens, common)
     ends = _ENDS.get((cu_seqlens,), lambda: bounds(cu_seqlens, tokens))
     return ends if ends[-1] == tokens else bounds(cu_seqlens, tokens)
 
@@ -56,13 +59,15 @@ class KeyPlan:
 
     __slots__ = ("ends_k", "ends_q", "rows")
 
-    def __init__(self, cu_seqlens: Tensor, parents: Tensor | None, tokens: int) -> None:
-        self.ends_q = ends_of(cu_seqlens, tokens)
+    def __init__(
+        self, cu_seqlens: Tensor, parents: Tensor | None, tokens: int, common: Common | None = None
+    ) -> None:
+        self.ends_q = ends_of(cu_seqlens, tokens, common)
         self.ends_k = self.ends_q
         self.rows: Tensor | None = None
         """int64 row of each key; None where every segment stands alone."""
         count = len(self.ends_q) - 1
-        tree = [-1] * count if parents is None else parent_list(parents, count)
+        tree = [-1] * count if parents is None else parent_list(parents, count, common)
         if any(parent >= 0 for parent in tree):
             self._gather(tree, cu_seqlens)
 
@@ -77,8 +82,15 @@ class KeyPlan:
         self.rows = torch.tensor(rows, dtype=torch.int64).to(like.device)
 
 
-def key_plan(cu_seqlens: Tensor, parents: Tensor | None, tokens: int) -> KeyPlan:
+def key_plan(
+    cu_seqlens: Tensor, parents: Tensor | None, tokens: int, common: Common | None = None
+) -> KeyPlan:
     """The plan of these segments. Raises ValueError as `bounds` and `parent_list` do."""
+    if common is not None and common.cu_seqlens is not None:
+        made: KeyPlan = common.once(
+            ("ascend.keys", parents is None), lambda: KeyPlan(cu_seqlens, parents, tokens, common)
+        )
+        return made
     tensors = (cu_seqlens,) if parents is None else (cu_seqlens, parents)
     plan = _PLANS.get(tensors, lambda: KeyPlan(cu_seqlens, parents, tokens))
     return plan if plan.ends_q[-1] == tokens else KeyPlan(cu_seqlens, parents, tokens)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from grpo_core.impl import NOTHING, DeviceInfo, Impl, Need
 from grpo_core.ops.contract import CONTRACTS
 
-CONTRACT = 0
+CONTRACT = 1
 """Version of the contracts that the plugin's own functions are written for."""
+EARLIER = frozenset({"moe.experts"})
+"""Written for version 0: its gradients of weights go through autograd."""
 PAGE = 128
 """Tokens of a page of a cache: the block size that the vendor recommends."""
 TORCH_NPU = ("torch-npu>=2.7.1.post4,!=2.8.0,!=2.8.0.post2,!=2.9.0,<2.15",)
@@ -21,6 +23,16 @@ against each release that this admits; `vendor_surface.json` lists them."""
 FUSED, PLAIN = 80, 40
 """Ranks: the vendor's kernels, plain torch on the NPU."""
 CACHE_ID = "ascend:paged"
+
+GRAPH = frozenset(
+    {
+        "attention.cache", "attention.decode", "attention.step", "mla.cache", "mla.decode", "norm.rms",
+        "rope.apply", "mlp.swiglu", "linear.packed", "linear.dense", "gated_delta.step", "short_conv.step",
+        "moe.route", "moe.experts", "moe.combine",
+    }
+)  # fmt: skip
+"""Ops of a decode step whose host waits for nothing; plain torch over pages waits, and so does counting the
+tokens of experts."""
 
 Limits = Mapping[str, Container[object]]
 
@@ -74,14 +86,15 @@ def wide_keys(info: DeviceInfo, need: Need) -> str | None:
     """Why values wider than keys are refused, or latent heads wider than the vendor's widest."""
     facts = {name: int(str(size)) for name, size in need.facts.items() if str(size).isdigit()}
     key = facts.get("head_dim", facts.get("qk_nope_head_dim", 0) + facts.get("qk_rope_head_dim", 0))
-    if facts["v_head_dim"] > key:
-        return f"values of {facts['v_head_dim']} are wider than keys of {key}"
+    value = facts.get("v_head_dim", 0)
+    if value > key:
+        return f"values of {value} are wider than keys of {key}"
     return f"keys of {key} are wider than 768" if key > 768 else None
 
 
 def expert_groups(info: DeviceInfo, need: Need) -> str | None:
     """Why experts in groups of one or two, or of more than 2048 after padding, are refused."""
-    experts, groups = (int(str(need.facts[name])) for name in ("num_experts", "num_groups"))
+    experts, groups = (int(str(need.facts.get(name, 1))) for name in ("num_experts", "num_groups"))
     each = experts // groups
     if groups > 1 and each <= 2:
         return f"groups of {each} experts: the vendor wants three or more"
@@ -176,8 +189,9 @@ def _offer(
         limits=limits,
         when=when,
         backward=CONTRACTS[op].backward,
+        graph=op in GRAPH and (rank == FUSED or "cache" not in limits),
         deterministic=True,
         rank=rank,
-        contract=CONTRACTS[op].version if load.startswith("grpo_core.") else CONTRACT,
+        contract=CONTRACTS[op].version if load.startswith("grpo_core.") else CONTRACT - (op in EARLIER),
         proof="audited",
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.ops.attention import CacheSpec
+from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import bounds
 from grpo_core.ops.reference.pages import PageTable
 from grpo_core.ops.reference.slots import SlotCache
@@ -59,9 +60,14 @@ class Pages(PageTable):
             "rows", layer, (slots_T, positions_T), lambda: self.rows(slots_T, positions_T).to(torch.int32)
         )
 
-    def block_table(self, layer: int, slots: Tensor, lengths: Sequence[int]) -> Tensor:
-        """int32 [B, pages of the longest sequence]; places after a sequence's last page hold page 0."""
-        pages = -(-max(lengths, default=0) // PAGE)
+    def block_table(
+        self, layer: int, slots: Tensor, lengths: Sequence[int], common: Common | None = None
+    ) -> Tensor:
+        """int32 [B, pages of the longest sequence]; places after a sequence's last page hold page 0. With
+        `common` the longest that may come: a step that a graph records has the same width in each replay."""
+        bound = 0 if common is None else common.max_seqlen_k
+        most = bound or max(lengths, default=0)
+        pages = -(-most // PAGE)
         return self.once(
             f"blocks {pages}",
             layer,
@@ -69,12 +75,16 @@ class Pages(PageTable):
             lambda: self.pages_SP[slots, :pages].clamp_min(0).to(torch.int32).contiguous(),
         )
 
-    def ends(self, layer: int, cu_seqlens: Tensor, tokens: int) -> list[int]:
+    def ends(self, layer: int, cu_seqlens: Tensor, tokens: int, common: Common | None = None) -> list[int]:
         """Ends of the segments on the host, with the leading 0. Raises ValueError as `bounds` does."""
+        if common is not None and common.cu_seqlens is not None:
+            return bounds(cu_seqlens, tokens, common)
         return self.once("ends", layer, (cu_seqlens,), lambda: bounds(cu_seqlens, tokens))
 
-    def lengths(self, layer: int, seqlens: Tensor, more: int = 0) -> list[int]:
-        """Lengths on the host; `more` is added to each."""
+    def lengths(self, layer: int, seqlens: Tensor, more: int = 0, common: Common | None = None) -> list[int]:
+        """Lengths on the host: those of `common`, or else `seqlens` with `more` added to each."""
+        if common is not None and common.seqlens_k is not None:
+            return common.seqlens_k
         return self.once(
             f"lengths {more}", layer, (seqlens,), lambda: [int(n) + more for n in seqlens.tolist()]
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.ops.attention import LayerCache
+from grpo_core.ops.common import Common
 from grpo_core.ops.mla import LatentLayer
 from grpo_core.ops.reference.attention import attend, bounds, visible
 from grpo_core.ops.reference.mla import expand
@@ -19,11 +20,11 @@ from .pages import layer_of
 
 def prefill(
     q_THD: Tensor, cache: LayerCache, *, cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor,
-    scale: float, window: int | None,
+    scale: float, window: int | None, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Prefill`: sequence by sequence, in float32."""
     layer = layer_of(cache, KeyValueLayer)
-    ends = bounds(cu_seqlens_q, q_THD.shape[0])
+    ends = bounds(cu_seqlens_q, q_THD.shape[0], common)
     outputs = [q_THD.new_zeros(0, q_THD.shape[1], layer.second.shape[3])]
     for (start, end), slot, length in zip(pairwise(ends), slots.tolist(), seqlens_k.tolist(), strict=True):
         if start < end:
@@ -33,8 +34,9 @@ def prefill(
 
 
 def decode(
-    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None
-) -> Tensor:
+    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None,
+    common: Common | None = None,
+) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.attention.Decode`: a prefill of one token for each sequence."""
     return prefill(
         q_BHD, cache, cu_seqlens_q=_one_each(q_BHD), seqlens_k=seqlens_k, slots=slots, scale=scale,
@@ -44,11 +46,11 @@ def decode(
 
 def mla_prefill(
     q_nope_THN: Tensor, q_rope_THR: Tensor, cache: LatentLayer, w_uk_HNL: Tensor, w_uv_HEL: Tensor, *,
-    cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float,
+    cu_seqlens_q: Tensor, seqlens_k: Tensor, slots: Tensor, scale: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaPrefill`: sequence by sequence, expanded, in float32."""
     layer = layer_of(cache, LatentPages)
-    ends = bounds(cu_seqlens_q, q_nope_THN.shape[0])
+    ends = bounds(cu_seqlens_q, q_nope_THN.shape[0], common)
     q_THD = torch.cat([q_nope_THN, q_rope_THR], -1).float()
     outputs = [q_THD.new_zeros(0, *w_uv_HEL.shape[:2])]
     for (start, end), slot, length in zip(pairwise(ends), slots.tolist(), seqlens_k.tolist(), strict=True):
@@ -62,7 +64,7 @@ def mla_prefill(
 
 def mla_decode(
     q_nope_BHN: Tensor, q_rope_BHR: Tensor, cache: LatentLayer, w_uk_HNL: Tensor, w_uv_HEL: Tensor, *,
-    seqlens_k: Tensor, slots: Tensor, scale: float,
+    seqlens_k: Tensor, slots: Tensor, scale: float, common: Common | None = None,
 ) -> Tensor:  # fmt: skip
     """See `grpo_core.ops.mla.MlaDecode`: a prefill of one token for each sequence."""
     return mla_prefill(

@@ -6,16 +6,28 @@ import torch
 import torch_npu
 from torch import Tensor
 
+from grpo_core.ops.common import Common
+
 
 def rope_apply(
-    q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool
-) -> tuple[Tensor, Tensor]:
+    q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool,
+    common: Common | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `grpo_core.ops.fused.RopeApply`; turned in float32, as the contract says."""
-    if interleaved:
-        cos, sin = (x.repeat_interleave(2, -1)[None, :, None] for x in (cos_TR, sin_TR))
-    else:
-        cos, sin = (torch.cat([x, x], -1)[None, :, None] for x in (cos_TR, sin_TR))
+
+    def make() -> tuple[Tensor, Tensor]:
+        return _both(cos_TR, interleaved), _both(sin_TR, interleaved)
+
+    # The tables outlive the pass, so that their ids stay theirs.
+    key = ("ascend.turn", id(cos_TR), id(sin_TR), interleaved)
+    cos, sin = make() if common is None else common.once(key, make)
     return _turn(q_THD, cos, sin, interleaved), _turn(k_TKD, cos, sin, interleaved)
+
+
+def _both(x_TR: Tensor, interleaved: bool) -> Tensor:
+    """An angle's number for both members of its pair, [1, T, 1, 2R]."""
+    x_TW = x_TR.repeat_interleave(2, -1) if interleaved else torch.cat([x_TR, x_TR], -1)
+    return x_TW[None, :, None]
 
 
 def _turn(x_THD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

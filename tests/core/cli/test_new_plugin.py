@@ -152,7 +152,7 @@ def test_what_another_plugin_has_is_refused(
     ("words", "said"),
     [
         (["cpu"], "a plugin 'cpu' is installed already"),
-        (["cuda"], "a device type of torch itself"),
+        (["xpu"], "a device type of torch itself"),
         (["auto"], "take a name such as auto-chip"),
         (["null"], "cannot be a device's name"),
         (["verify"], "cannot be a device's name"),

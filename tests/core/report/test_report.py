@@ -243,3 +243,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.strip() == str(runs[0] / "report.html")
     assert command.run(parser.parse_args([*map(str, runs), "-o", str(tmp_path / "both.html")])) == 0
     assert "a and b" in (tmp_path / "both.html").read_text()
+    twin = make_run(tmp_path / "twin")
+    words = [*map(str, runs), "--twin", str(twin), "-o", str(tmp_path / "judged.html")]
+    assert command.run(parser.parse_args(words)) == 0
+    assert "Distance from a" in (tmp_path / "judged.html").read_text()

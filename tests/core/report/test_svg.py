@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,8 @@ from grpo_core.report.svg import (
     fit,
     line_chart,
     nice_ticks,
+    percent_text,
+    power_text,
     stacked_bars,
     thin,
     value_text,
@@ -100,19 +103,21 @@ def test_many_steps_share_bars() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "percent", "shown"),
+    ("value", "form", "shown"),
     [
-        (0.25, False, "0.25"),
-        (0.018, True, "1.8%"),
-        (3100, False, "3100"),
-        (52_000, False, "52k"),
-        (2.5e6, False, "2.5M"),
-        (1e-6, False, "1e-06"),
-        (0.0, False, "0"),
-        (-3.0, False, "-3"),
-        (1234.5, False, "1234"),
-        (1e-17, False, "0"),
+        (0.25, value_text, "0.25"),
+        (0.018, percent_text, "1.8%"),
+        (3100, value_text, "3100"),
+        (52_000, value_text, "52k"),
+        (2.5e6, value_text, "2.5M"),
+        (1e-6, value_text, "1e-06"),
+        (0.0, value_text, "0"),
+        (-3.0, value_text, "-3"),
+        (1234.5, value_text, "1234"),
+        (1e-17, value_text, "0"),
+        (-5.0, power_text, "1e-05"),
+        (-4.5, power_text, "3.2e-05"),
     ],
 )
-def test_numbers_are_short(value: float, percent: bool, shown: str) -> None:
-    assert value_text(value, percent) == shown
+def test_numbers_are_short(value: float, form: Callable[[float], str], shown: str) -> None:
+    assert form(value) == shown

@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 import npu_formulas
 import pytest
 
-MODULES = ("adamw", "collectives", "fusion", "grouped", "infer", "latent", "memory", "mlp", "moe", "norm",
-           "plain", "rope", "sample")  # fmt: skip
+MODULES = ("adamw", "collectives", "fusion", "graph", "grouped", "infer", "latent", "memory", "mlp", "moe",
+           "norm", "plain", "rope", "sample")  # fmt: skip
 
 
 def vendor_module() -> ModuleType:

@@ -57,6 +57,14 @@ def test_lengths_that_changed_in_place_are_fetched_again(ascend: SimpleNamespace
     oracle.assert_close([run()], [wanted], torch.float32)
 
 
+def test_a_mask_that_a_rollout_asked_for_first_serves_training(ascend: SimpleNamespace) -> None:
+    """Autograd refuses to save tensors of inference mode."""
+    ascend.fusion.causal_mask.cache_clear()
+    with torch.inference_mode():
+        ascend.fusion.causal_mask(torch.device("cpu"))
+    assert not ascend.fusion.causal_mask(torch.device("cpu")).is_inference()
+
+
 def attend(ascend: SimpleNamespace, name: str) -> Any:
     """The vendor's op without a window, plain torch over the same cache with one."""
 

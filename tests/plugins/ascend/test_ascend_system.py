@@ -55,6 +55,23 @@ def test_a_pair_of_torch_and_torch_npu_that_is_none(monkeypatch: pytest.MonkeyPa
     assert not any("no pair" in str(lack) for lack in host.lacks({}))
 
 
+def test_a_simulated_toolkit_needs_no_device_files_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "simulated").write_text("3\n")
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path))
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(host, "installed_version", lambda name: "2.13.0")
+    said = ASCEND.probe()
+    assert said.found and said.info.count == 3
+    assert "simulated" in said.info.features and "simulated" in said.info.name
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "1")
+    assert ASCEND.probe().info.count == 1
+    # Asked for by name only: it is no hardware.
+    assert pick_device("auto", load())[0].name == "cpu"
+    assert pick_device("ascend", load())[1].count == 1
+
+
 @pytest.mark.parametrize(("value", "count"), [(None, 8), ("0,3", 2), ("", 0), ("0,1,2,3,4,5,6,7,8,9", 8)])
 def test_visible_chips(value: str | None, count: int) -> None:
     environment = {} if value is None else {"SEEN": value}
@@ -83,6 +100,7 @@ class Runtime:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.config = SimpleNamespace(allow_internal_format=True)
+        self.conv, self.matmul = SimpleNamespace(allow_hf32=True), SimpleNamespace(allow_hf32=True)
         self.memory = SimpleNamespace(_set_allocator_settings=self.note("settings"))
         self.reserved = 0
 
@@ -129,6 +147,8 @@ def test_determinism_comes_before_anything_runs_on_the_device(runtime: Runtime) 
     assert ASCEND.open(1) == "npu:1"
     assert runtime.asked == ["deterministic True", "set_compile_mode False", "set_device npu:1"]
     assert runtime.config.allow_internal_format is False
+    assert runtime.conv.allow_hf32 is False, "float32 is to be float32"
+    assert runtime.matmul.allow_hf32 is False
     assert not torch.utils.deterministic.fill_uninitialized_memory
     runtime.asked.clear()
     Ascend(deterministic=False).open(0)

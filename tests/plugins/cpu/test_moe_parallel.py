@@ -15,11 +15,13 @@ from grpo_core.ops.reference import moe as reference
 from grpo_cpu import moe as tuned
 from grpo_cpu.collectives import Gloo
 from grpo_cpu.native import compiler, cpu_flags
+from grpo_cuda import moe as on_cuda
 
 X, C, F, K = 6, 32, 16, 3
 PARTS = {
     "reference": (reference.dispatch, reference.experts, reference.combine),
     "torch": (tuned.dispatch, tuned.experts, tuned.combine),
+    "torch on CUDA": (on_cuda.dispatch, on_cuda.experts, on_cuda.combine),
 }
 if "avx512_bf16" in cpu_flags() and compiler() is not None:
     native = importlib.import_module("grpo_cpu.native_moe")

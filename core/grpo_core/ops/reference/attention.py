@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention import CacheSpec, LayerCache
+from ..common import Common
 from .slots import SlotCache
 from .tokens import TokenTable
 
@@ -49,9 +50,11 @@ def visible(positions_Q: Tensor, positions_S: Tensor, *, causal: bool, window: i
     return seen_QS if window is None else seen_QS & (back_QS < window)
 
 
-def bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
-    """The cumulative lengths as ints. Raises ValueError when they do not cover the tokens in order."""
-    ends = [int(end) for end in cu_seqlens.tolist()]
+def bounds(cu_seqlens: Tensor, tokens: int, common: Common | None = None) -> list[int]:
+    """The cumulative lengths as ints, from the host where `common` has them. Raises ValueError when they do
+    not cover the tokens in order."""
+    known = None if common is None else common.cu_seqlens
+    ends = [int(end) for end in cu_seqlens.tolist()] if known is None else known
     falls = any(start > end for start, end in pairwise(ends))
     if not ends or ends[0] != 0 or ends[-1] != tokens or falls:
         raise ValueError(f"cu_seqlens {ends[:8]}... must rise from 0 to the {tokens} tokens given")
@@ -68,9 +71,10 @@ def varlen(
     scale: float,
     causal: bool,
     window: int | None,
+    common: Common | None = None,
 ) -> Tensor:
     """Reference of `attention.varlen`: one sequence after the other."""
-    ends = bounds(cu_seqlens, q_THD.shape[0])
+    ends = bounds(cu_seqlens, q_THD.shape[0], common)
     outputs = [q_THD.new_zeros(0, q_THD.shape[1], v_TKE.shape[2])]
     for start, end in pairwise(ends):
         if start == end:
@@ -91,10 +95,11 @@ def shared_prefix(
     max_seqlen: int,
     scale: float,
     window: int | None,
+    common: Common | None = None,
 ) -> Tensor:
     """Reference of `attention.shared_prefix`: each segment against [its parent | itself]."""
-    ends = bounds(cu_seqlens, q_THD.shape[0])
-    tree = parent_list(parents, len(ends) - 1)
+    ends = bounds(cu_seqlens, q_THD.shape[0], common)
+    tree = parent_list(parents, len(ends) - 1, common)
     outputs = [q_THD.new_zeros(0, q_THD.shape[1], v_TKE.shape[2])]
     for segment, parent in enumerate(tree):
         start, end = ends[segment], ends[segment + 1]
@@ -111,9 +116,11 @@ def shared_prefix(
     return torch.cat(outputs)
 
 
-def parent_list(parents: Tensor, segments: int) -> list[int]:
-    """The parents as ints. Raises ValueError for one that is not an earlier segment without a parent."""
-    tree = [int(parent) for parent in parents.tolist()]
+def parent_list(parents: Tensor, segments: int, common: Common | None = None) -> list[int]:
+    """The parents as ints, from the host where `common` has them. Raises ValueError for one that is not an
+    earlier segment without a parent."""
+    known = None if common is None else common.parents
+    tree = [int(parent) for parent in parents.tolist()] if known is None else known
     if len(tree) != segments:
         raise ValueError(f"{len(tree)} parents were given for {segments} segments")
     for segment, parent in enumerate(tree):
@@ -166,10 +173,11 @@ def prefill(
     slots: Tensor,
     scale: float,
     window: int | None,
+    common: Common | None = None,
 ) -> Tensor:
     """Reference of `attention.prefill` over a `DenseLayer`."""
     layer = _dense(cache)
-    ends = bounds(cu_seqlens_q, q_THD.shape[0])
+    ends = bounds(cu_seqlens_q, q_THD.shape[0], common)
     outputs = [q_THD.new_zeros(0, q_THD.shape[1], layer.v_RKE.shape[2])]
     for index, (slot, length) in enumerate(zip(slots.tolist(), seqlens_k.tolist(), strict=True)):
         start, end = ends[index], ends[index + 1]
@@ -183,8 +191,9 @@ def prefill(
 
 
 def decode(
-    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None
-) -> Tensor:
+    q_BHD: Tensor, cache: LayerCache, *, seqlens_k: Tensor, slots: Tensor, scale: float, window: int | None,
+    common: Common | None = None,
+) -> Tensor:  # fmt: skip
     """Reference of `attention.decode`: a prefill of one token for each sequence."""
     one_each = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32, device=q_BHD.device)
     return prefill(

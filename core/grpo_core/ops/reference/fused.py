@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common import Common
 from .attention import accumulate
 from .logprob import logprob as logprob
 
@@ -49,8 +50,9 @@ class _AccumulatingLinear(torch.autograd.Function):
 
 
 def rope_apply(
-    q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool
-) -> tuple[Tensor, Tensor]:
+    q_THD: Tensor, k_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool,
+    common: Common | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Reference of `rope.apply`."""
     return (
         _rotate(q_THD, cos_TR, sin_TR, interleaved),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from ..common import Common
 from .attention import accumulate, bounds
 
 
@@ -44,10 +45,11 @@ def delta_chunk(
     scale: float,
     initial_state_SKDE: Tensor | None,
     final_state: bool,
+    common: Common | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Reference of `gated_delta.chunk`: the recurrence, token by token."""
     acc = accumulate(v_TKE.dtype)
-    ends = bounds(cu_seqlens, q_THD.shape[0])
+    ends = bounds(cu_seqlens, q_THD.shape[0], common)
     K, E = v_TKE.shape[1:]
     q_TKD, k_TKD = (_spread_heads(x, K).to(acc) for x in (q_THD, k_THD))
     v, g, beta = v_TKE.to(acc), g_TK.to(acc), beta_TK.to(acc)
@@ -94,13 +96,14 @@ def conv_varlen(
     cu_seqlens: Tensor,
     initial_state_SCW: Tensor | None,
     final_state: bool,
+    common: Common | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Reference of `short_conv.varlen`."""
     acc = accumulate(x_TC.dtype)
     C, W = w_CW.shape
     outputs = [x_TC.new_zeros(0, C)]
     states = [x_TC.new_zeros(0, C, W - 1)]
-    for segment, (start, end) in enumerate(pairwise(bounds(cu_seqlens, x_TC.shape[0]))):
+    for segment, (start, end) in enumerate(pairwise(bounds(cu_seqlens, x_TC.shape[0], common))):
         if initial_state_SCW is None:
             before_UC = x_TC.new_zeros(W - 1, C)
         else:

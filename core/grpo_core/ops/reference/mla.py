@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention import CacheSpec
+from ..common import Common
 from ..mla import LatentLayer
 from .attention import accumulate, attend, bounds, shared_prefix, visible
 from .slots import SlotCache
@@ -41,6 +42,7 @@ def varlen(
     parents: Tensor | None,
     max_seqlen: int,
     scale: float,
+    common: Common | None = None,
 ) -> Tensor:
     """Reference of `mla.varlen`."""
     k_THD, v_THE = expand(latent_TL, k_rope_TR, w_uk_HNL, w_uv_HEL)
@@ -54,6 +56,8 @@ def varlen(
         max_seqlen=max_seqlen,
         scale=scale,
         window=None,
+        # Without parents it may say so, which the list of none that stands for them does not.
+        common=None if parents is None else common,
     )
     return o_THE.to(q_nope_THN.dtype)
 
@@ -109,10 +113,11 @@ def prefill(
     seqlens_k: Tensor,
     slots: Tensor,
     scale: float,
+    common: Common | None = None,
 ) -> Tensor:
     """Reference of `mla.prefill` over a `DenseLatentLayer`."""
     layer = _dense(cache)
-    ends = bounds(cu_seqlens_q, q_nope_THN.shape[0])
+    ends = bounds(cu_seqlens_q, q_nope_THN.shape[0], common)
     acc = accumulate(q_nope_THN.dtype)
     q_THD = torch.cat([q_nope_THN, q_rope_THR], -1).to(acc)
     outputs = [q_THD.new_zeros(0, *w_uv_HEL.shape[:2])]
@@ -137,6 +142,7 @@ def decode(
     seqlens_k: Tensor,
     slots: Tensor,
     scale: float,
+    common: Common | None = None,
 ) -> Tensor:
     """Reference of `mla.decode`: a prefill of one token for each sequence."""
     one_each = torch.arange(q_nope_BHN.shape[0] + 1, dtype=torch.int32, device=q_nope_BHN.device)

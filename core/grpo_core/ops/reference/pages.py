@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .slot_tree import Slot, SlotTree
+
+
+def recording(device_type: str) -> Callable[[], bool]:
+    """A function that says whether the device records a graph just now."""
+    module: Any = torch.get_device_module(device_type)
+    found: Callable[[], bool] = getattr(module, "is_current_stream_capturing", lambda: False)
+    return found
 
 
 class PageTable(SlotTree[Slot]):
@@ -19,6 +29,7 @@ class PageTable(SlotTree[Slot]):
         self.num_pages = -(-max_tokens // page) + 2 * max_slots
         self.pages_SP = torch.full((max_slots, self.num_pages), -1, dtype=torch.int64, device=device)
         self.length_S = torch.zeros(max_slots, dtype=torch.int64, device=device)
+        self._recording = recording(device.type)
         super().__init__(max_slots, max_tokens, units=self.num_pages)
 
     def reset(self) -> None:
@@ -55,10 +66,11 @@ class PageTable(SlotTree[Slot]):
         return (self.page(slot, number), self.page(child, number), tokens) if tokens else None
 
     def rows(self, slots_T: Tensor, positions_T: Tensor) -> Tensor:
-        """Rows int64 [T] of [pages * page size]. Raises IndexError for a position outside of its slot."""
+        """Rows int64 [T] of [pages * page size]. Raises IndexError for a position outside of its slot,
+        but not while the device records a graph, when nothing can be asked."""
         size = self.page_size
         outside_T = (positions_T < 0) | (positions_T >= self.length_S[slots_T])
-        if bool(outside_T.any()):
+        if not self._recording() and bool(outside_T.any()):
             at = int(outside_T.nonzero()[0])
             raise IndexError(f"slot {int(slots_T[at])} has no room at position {int(positions_T[at])}")
         return self.pages_SP[slots_T, positions_T // size] * size + positions_T % size

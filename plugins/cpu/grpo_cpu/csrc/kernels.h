@@ -183,7 +183,11 @@ struct WeightGrad {
 };
 template <class C>
 void weight_grad(const WeightGrad<C>& a);
-// out [columns] = the sum of the rows of x, in float32
+// --- weight_grad_many.cpp: the same for few elements of C and many tokens
+bool many_tokens(int64_t tokens, int64_t n, int64_t k);
+template <class C>
+void weight_grad_of_many(const WeightGrad<C>& a);
+// --- weight_grad.cpp again: out [columns] = the sum of the rows of x, in float32
 template <class T>
 void row_sum(const T* x, ptrdiff_t stride, int64_t rows, int64_t columns, float* out);
 

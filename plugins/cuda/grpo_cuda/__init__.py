@@ -1,0 +1,1 @@
+"""Kernels, memory and collectives for NVIDIA GPUs: flash-attn, Transformer Engine, Triton and torch."""
