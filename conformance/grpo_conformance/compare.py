@@ -115,12 +115,7 @@ def jobs_of(words: Sequence[str], devices: Sequence[str], out: Path, twins: int)
     )
     labels = [*devices, *(f"twin-{number}" for number in range(1, twins + 1))]
     for label in labels:
-        if (out / label).exists():
-            raise ConfigError(
-                f"{out / label} exists",
-                why="a run never writes into the folder of another",
-                fix="give another folder with -o",
-            )
+        _check_free(out / label)
     models = [_jolted(planned, out / "models" / label, seed) for seed, label in _twins(labels, devices)]
     jobs = [Job(label=name, device=name, overrides=same) for name in devices]
     jobs += [
@@ -128,6 +123,15 @@ def jobs_of(words: Sequence[str], devices: Sequence[str], out: Path, twins: int)
         for (_, label), model in zip(_twins(labels, devices), models, strict=True)
     ]
     return jobs
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists():
+        raise ConfigError(
+            f"{folder} exists",
+            why="a run never writes into the folder of another",
+            fix="give another folder with -o",
+        )
 
 
 def _twins(labels: Sequence[str], devices: Sequence[str]) -> list[tuple[int, str]]:
@@ -164,6 +168,7 @@ def _tiny(args: argparse.Namespace) -> str:
         )
     family, config = found
     folder = args.out / "models" / "tiny"
+    _check_free(folder)
     folder.mkdir(parents=True)
     write_model(folder, family, config, seed=20)
     data = write_data(args.out / "data.jsonl")

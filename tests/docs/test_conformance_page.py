@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 from followed_page import ROOT, blocks
 
-from grpo_conformance import cli, diff, report
+from grpo_conformance import cli, compare, diff, report
 from grpo_conformance.case import LEVELS, Case, Outcome, Status
 from grpo_conformance.known import read_known
 from grpo_conformance.ops import tolerance
@@ -64,7 +64,9 @@ def test_the_known_failures_of_the_page_are_read(tmp_path: Path) -> None:
 )
 def test_the_commands_of_the_page_are_understood(line: str) -> None:
     words = shlex.split(line, comments=True)
-    assert words[:2] == ["grpo", "conformance"]
+    if words[:3] == ["python", "-m", "grpo_conformance.cann"]:
+        words = words[words.index("--") + 1 :]
+    assert words[0] == "grpo"
     parser = argparse.ArgumentParser(exit_on_error=False)
-    cli.configure(parser)
+    {"conformance": cli, "compare": compare}[words[1]].configure(parser)
     parser.parse_args(words[2:])

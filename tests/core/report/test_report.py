@@ -182,8 +182,8 @@ def test_two_runs_lie_over_each_other_with_a_legend(tmp_path: Path) -> None:
     ]
     assert page.texts.count("run (1)") >= page.titles().count("Reward")
     curves = [attrs for tag, attrs in page.tags if tag == "path" and "curve" in (attrs["class"] or "")]
-    # 11 metrics with one curve and throughput with two, for each run.
-    assert len(curves) == 2 * 13
+    # 11 metrics with one curve and throughput with two, for each run; and the distance of the second.
+    assert len(curves) == 2 * 13 + 1
 
 
 def test_a_run_that_has_just_started(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def plan_of(arch: Arch, **changes: Any) -> CachePlan:
         device=torch.device("cpu"),
         max_sequences=4,
         max_model_len=32,
+        capture=None,
         **changes,
     )
     return plan_cache(setup, NativeOptions())
@@ -176,7 +177,9 @@ def test_a_model_without_attention_still_gets_slots() -> None:
     from types import SimpleNamespace
 
     arch = arch_of(DELTA, WIDE)
-    setup: Any = SimpleNamespace(arch=arch, dtype=torch.float32, device=torch.device("cpu"), backend=None)
+    setup: Any = SimpleNamespace(
+        arch=arch, dtype=torch.float32, device=torch.device("cpu"), backend=None, capture=None
+    )
     cache = make_cache(setup, plan_of(arch))
     slots = [cache.allocate(10**9) for _ in range(8)]
     assert len(set(slots[:7])) == 7 and None not in slots[:7]

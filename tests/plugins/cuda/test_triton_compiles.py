@@ -55,7 +55,7 @@ KERNELS = [
            constants={"PIECE": 4096}),
 ]  # fmt: skip
 COMPILED = [(80, "*bf16"), (90, "*bf16"), (90, "*fp32")]
-LATER = [(86, "*bf16"), (89, "*fp16"), (100, "*bf16"), (120, "*bf16"), (80, "*fp32")]
+LATER = [(86, "*bf16"), (89, "*fp16"), (100, "*bf16"), (80, "*fp32")]
 
 
 def compiled(kernel: Kernel, dtype: str, capability: int, folder: Path) -> triton_compiled.Compiled:
