@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..ops.fused import AdamW
     from .gradients import Gradients
 
-HOST_PIECE = 1 << 20
+HOST_PIECE = 1 << 18
 DEVICE_PIECE = 1 << 24
 """Elements updated by one call: on a host the scratch buffers stay in its caches, on a device a call costs
 more than its memory."""

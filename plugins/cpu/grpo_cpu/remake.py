@@ -1,9 +1,9 @@
 """Results that are not kept for the backward pass, because their maker can make them again at little cost.
 
 A norm or a SwiGLU keeps its own inputs anyway, so the linear layer behind it need not keep their result: it
-asks the node of autograd's graph that made it. The first few are kept all the same (`ROOM`). Nodes come in
-the order of the graph: that of the linear layer, which asks, always before the one asked, which frees what it
-kept.
+asks the node of autograd's graph that made it. The first few narrow ones are kept all the same (`ROOM`,
+`NARROW`). Nodes come in the order of the graph: that of the linear layer, which asks, always before the one
+asked, which frees what it kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor
 
 ROOM = 24 << 20
 """Bytes of results that are kept at a time: a small model's step feels the work and not the memory."""
+NARROW = 512
+"""Columns of a result worth keeping. To make it again is work of one pass over it; the products around it do
+as many times that as their weights are wide."""
 _kept_bytes = 0
 
 
@@ -51,7 +54,7 @@ def maker_of(x: Tensor) -> Maker | Kept | None:
     make = getattr(x.grad_fn, "make_again", None)
     if make is None or x.output_nr != 0:
         return None
-    if _kept_bytes + x.nbytes <= ROOM:
+    if x.shape[-1] <= NARROW and _kept_bytes + x.nbytes <= ROOM:
         return Kept(x.nbytes)
     return Maker(x.grad_fn, make)
 

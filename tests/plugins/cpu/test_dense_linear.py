@@ -151,9 +151,11 @@ def test_inputs_that_are_made_again_give_the_gradients_of_kept_ones(
         assert made.count_nonzero() > 0 and torch.equal(made, kept)
 
 
-@pytest.mark.parametrize(("room", "stay"), [(0, 0), (8 * 32 * 2, 1), (1 << 20, 2)])
-def test_a_norm_and_a_swiglu_before_a_linear_keep_results_while_there_is_room(
-    room: int, stay: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("room", "narrow", "stay"), [(0, 512, 0), (8 * 32 * 2, 512, 1), (1 << 20, 512, 2), (1 << 20, 15, 0)]
+)
+def test_a_norm_and_a_swiglu_before_a_linear_keep_narrow_results_while_there_is_room(
+    room: int, narrow: int, stay: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = native()
     held: list[int] = []
@@ -166,6 +168,7 @@ def test_a_norm_and_a_swiglu_before_a_linear_keep_results_while_there_is_room(
 
     before = remake._kept_bytes
     monkeypatch.setattr("grpo_cpu.remake.ROOM", before + room)
+    monkeypatch.setattr("grpo_cpu.remake.NARROW", narrow)
     x = torch.ones(8, 32, dtype=torch.bfloat16, requires_grad=True)
     w = torch.ones(32, 32, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

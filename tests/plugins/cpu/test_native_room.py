@@ -36,11 +36,12 @@ def resident() -> int:
 
 
 def test_a_freed_block_serves_the_next_result_of_about_its_size(ops: Any) -> None:
-    first = rows(4)
+    other, first = rows(1), rows(4)
     address = first.data_ptr()
     del first
     assert rows(3.75).data_ptr() == address
     assert rows(2).data_ptr() != address
+    del other
 
 
 def test_results_do_not_overlap(ops: Any) -> None:
@@ -85,6 +86,15 @@ def test_many_batches_of_slightly_different_sizes_need_no_more_than_the_largest(
     for factor in (0.99, 0.96, 1.0, 0.94, 0.98):
         batch(factor)
     assert resident() - before < 8 * MIB
+
+
+def test_training_grew_by_blocks_of_sizes_that_only_the_rollout_had(ops: Any) -> None:
+    rollout = [rows(0.5).fill_(1) for _ in range(40)]
+    before = resident()
+    del rollout
+    train = [rows(4).fill_(index) for index in range(5)]
+    assert resident() - before < 2 * MIB
+    assert all(bool((tensor == index).all()) for index, tensor in enumerate(train))
 
 
 def test_little_room_is_kept_because_paging_it_in_again_costs_a_small_model_half_its_step(ops: Any) -> None:

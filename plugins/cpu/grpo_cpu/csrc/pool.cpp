@@ -43,8 +43,7 @@ class Pool final : public c10::Allocator {
     for (size_t s = 0; s < slabs_.size(); ++s) {
       Slab& slab = slabs_[s];
       if (!slab.start || slab.live) continue;
-      for (auto it = free_.begin(); it != free_.end();)
-        it = it->second.slab == s ? free_.erase(it) : std::next(it);
+      forget_blocks(s);
       munmap(slab.start, slab.size);
       given += (int64_t)slab.size;
       slab = {};
@@ -81,14 +80,7 @@ class Pool final : public c10::Allocator {
   }
 
   Block cut(size_t size) {
-    size_t place = slabs_.size();
-    for (size_t s = 0; s < slabs_.size(); ++s) {
-      if (slabs_[s].start && slabs_[s].size - slabs_[s].used >= size) {
-        place = s;
-        break;
-      }
-      if (!slabs_[s].start && place == slabs_.size()) place = s;
-    }
+    size_t place = place_for(size);
     if (place == slabs_.size()) slabs_.emplace_back();
     Slab& slab = slabs_[place];
     if (!slab.start) {
@@ -96,10 +88,36 @@ class Pool final : public c10::Allocator {
       void* p = mmap(nullptr, slab.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       TORCH_CHECK_WITH(OutOfMemoryError, p != MAP_FAILED, "no memory for ", slab.size, " bytes");
       slab.start = (char*)p;
+    } else if (!slab.live) {
+      forget_blocks(place);
+      slab.used = 0;
     }
     const Block block{slab.start + slab.used, place, size};
     slab.used += size;
     return block;
+  }
+
+  // Where to cut a block of a size that no free block has: from a slab without a tensor, whose blocks have
+  // sizes that nobody asks for any more, else from the rest of a slab, else from a new one. Its pages are
+  // there already.
+  size_t place_for(size_t size) const {
+    size_t rest = slabs_.size(), gap = slabs_.size();
+    for (size_t s = 0; s < slabs_.size(); ++s) {
+      const Slab& slab = slabs_[s];
+      if (!slab.start) {
+        gap = std::min(gap, s);
+      } else if (!slab.live && slab.size >= size) {
+        return s;
+      } else if (slab.size - slab.used >= size) {
+        rest = std::min(rest, s);
+      }
+    }
+    return rest < slabs_.size() ? rest : gap;
+  }
+
+  void forget_blocks(size_t place) {
+    for (auto it = free_.begin(); it != free_.end();)
+      it = it->second.slab == place ? free_.erase(it) : std::next(it);
   }
 
   std::mutex mutex_;
