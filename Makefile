@@ -43,7 +43,7 @@ quickstart: $(VENV)/.quickstart
 test: lint
 	$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -n 2 $(TEST_ARGS)
 
-# gcc and g++ compile stand-ins for CANN's libraries; without --quick the suite takes an hour.
+# gcc and g++ compile stand-ins for CANN's libraries; without --quick the suite takes a few minutes more.
 ascend-sim: $(ASCEND_VENV)/.ascend
 	$(SIMULATED) python -m pytest -n 2 $(TEST_ARGS) tests/conformance/cann/on_npu
 	$(SIMULATED) grpo conformance ascend -n 2 $(SIM_ARGS)

@@ -19,6 +19,9 @@ Status = Literal["pass", "fail", "error", "crash", "timeout", "not_declared", "k
 the process died or did not answer; `not_declared`: what the case is about is declared unsupported; `known`:
 it failed, as the vendor's file of known failures says."""
 
+BROKEN = ("fail", "error", "crash", "timeout")
+"""Statuses of a promise that does not hold."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -39,6 +42,10 @@ class Case:
     """Cases of one room share a process; empty is a room for each subject."""
     alone: bool = False
     """Run in a fresh process of its own, because it may leave the device in any state."""
+    fragile: bool = False
+    """A failure of it may leave the device in any state, so that the process ends with it."""
+    timed: bool = False
+    """Its outcome depends on limits of time besides its own, so that a busy machine can spoil it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

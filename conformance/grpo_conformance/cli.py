@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.mutants is not None and not args.words:
         from .mutants import command
 
-        return command.run(args.mutants, draws=args.draws, out=args.json)
+        return command.run(args.mutants, draws=args.draws, out=args.json, key=args.sign)
     if not args.words or args.mutants is not None:
         raise ConfigError(
             "grpo conformance takes a device, or --mutants without one",
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(path: Path, args: argparse.Namespace) -> int:
-    from .report import read
+    from .report import MUTANTS, SCHEMA, read
     from .sign import problem
 
     if bool(args.signers) != bool(args.identity):
@@ -104,7 +104,7 @@ def _verify(path: Path, args: argparse.Namespace) -> int:
             why="only one of --signers and --as is given",
             fix="give both, or neither to check the digest alone",
         )
-    content = read(path)
+    content = read(path, SCHEMA, MUTANTS)
     found = problem(content, signers=args.signers, identity=args.identity)
     if found:
         print(f"{path}: not valid: {found}")
@@ -182,13 +182,14 @@ def _finish(
 
     from . import model_cases
     from .html import page
-    from .known import read_known, unmatched
+    from .known import STALE, advice, read_known, told
     from .report import build, write
     from .sign import sign
 
     rows = [results.found[case_id] for case_id in results.collected if case_id in results.found]
     entries = read_known(args.known, today=datetime.date.today()) if args.known else ()
-    known = [{"case": entry.case, "reason": entry.reason, "issue": entry.issue} for entry in entries]
+    everything = [case.id for case in _whole(target, subject)] if entries else []
+    known = told(entries, {case.id: outcome.status for case, outcome in rows}, everything)
     command = shlex.join(["grpo", *sys.argv[1:]])
     about: dict[str, Any] = {}
     if subject is not None:
@@ -212,11 +213,21 @@ def _finish(
         print("\nsimulated: nothing of this was measured on hardware")
         for limit in content["target"]["limits"]:
             print(f"- {limit}")
-    missed = [] if args.keyword or args.lf or args.first else unmatched(entries, results.collected)
-    for entry in missed:
-        print(f"known failure {entry.case!r} is about no case: take it out or mend the pattern")
+    for row in known:
+        if row["state"] in STALE:
+            print(advice(row))
     print(f"\n{subject.family if subject else target.device.name}: {content['verdict']}")
-    return 1 if missed or content["verdict"] == "fail" else 0
+    return 1 if content["verdict"] == "fail" else 0
+
+
+def _whole(target: Any, subject: Any) -> Sequence[Any]:
+    """Every case that there is, whichever of them this run asks."""
+    from . import collect, model_cases
+
+    if subject is None:
+        return collect.collect(target, levels=collect.pick_levels([]), quick=False)
+    name = subject.folder or subject.family
+    return model_cases.cases(name, target.catalogue, levels=model_cases.pick_levels([]), quick=False)
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .report import BROKEN
+from .case import BROKEN
 
 GROWN = 2.0
 """An error that grew by this factor is told although it still passes."""

@@ -11,6 +11,7 @@ from .html_tables import (
     badge,
     broken_table,
     counted,
+    known_table,
     level_tables,
     offer_table,
     speed_table,
@@ -56,6 +57,7 @@ def _body(content: Mapping[str, Any]) -> Iterator[str]:
         yield f"<span>{counted(level['counts']) or 'no case'}</span><span>{level['seconds']} s</span></div>"
     yield "</div>"
     yield from broken_table(content)
+    yield from known_table(content)
     yield from offer_table(content)
     yield from level_tables(content)
     yield from speed_table(content)

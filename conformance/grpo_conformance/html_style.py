@@ -20,7 +20,7 @@ h1 .badge{font-size:17px;padding:2px 14px}
 .pass{color:var(--pass)}.fail{color:var(--fail)}.other{color:var(--other)}
 .badge.pass{background:var(--pass-bg)}.badge.fail{background:var(--fail-bg)}
 .badge.other{background:var(--other-bg)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(168px,1fr));gap:10px;margin:16px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:10px;margin:16px 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:9px 14px}
 .tile span{display:block;font-size:12px;color:var(--soft)}.tile b{display:block;font-size:17px}
 .tile .badge{display:inline-block;font-size:14px;margin:2px 0}
@@ -32,7 +32,7 @@ h1 .badge{font-size:17px;padding:2px 14px}
 table{border-collapse:collapse;width:100%}
 th{text-align:left;font-size:12px;font-weight:600;color:var(--soft);padding:7px 12px;background:var(--head)}
 td{border-top:1px solid var(--line);padding:6px 12px;vertical-align:top}
-td p{font-size:13px;line-height:1.4;max-width:46ch}
+td p{font-size:13px;line-height:1.4;max-width:64ch}
 code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 th.num,td.num{text-align:right}
 .num{font-variant-numeric:tabular-nums;white-space:nowrap}

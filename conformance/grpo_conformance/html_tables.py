@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .bench import duration, percent
-from .report import BROKEN
+from .case import BROKEN
+from .known import STALE
 
 NEAR = 0.5
 """Share of the tolerance from which an error is marked as near to it."""
+OPEN = 20
+"""Failures that are shown at once."""
 ORDER = ("fail", "pass", "not_declared")
 
 
@@ -62,42 +65,76 @@ def error_cell(row: Mapping[str, Any]) -> str:
 
 
 def inputs(row: Mapping[str, Any]) -> str:
-    """What the worst comparison was made with."""
+    """What the worst comparison was made with, and what it found."""
     shown = {name: value for name, value in row.get("worst", {}).items() if name != "config"}
-    return ", ".join(f"{text(name)} {text(value)}" for name, value in shown.items())
+    return ", ".join(f"{text(name)} {text(plain(value))}" for name, value in shown.items())
+
+
+def plain(value: object) -> str:
+    """A value of a report as a person writes it."""
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{name} {plain(one)}" for name, one in value.items()) + ")"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def broken_table(content: Mapping[str, Any]) -> Iterator[str]:
-    """All that failed, known failures included."""
+    """All that failed, known failures included; what comes after the first `OPEN` is folded."""
     rows = [row for row in content["cases"] if row["status"] in (*BROKEN, "known")]
     if not rows:
         return
-    yield f'<h2>What failed ({len(rows)})</h2><div class="scroll"><table><thead><tr><th>case</th><th></th>'
+    yield f"<h2>What failed ({len(rows)})</h2>"
+    yield from _broken_rows(rows[:OPEN])
+    if rows[OPEN:]:
+        yield f"<details><summary>{len(rows) - OPEN} more</summary>"
+        yield from _broken_rows(rows[OPEN:])
+        yield "</details>"
+
+
+def _broken_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield '<div class="scroll"><table><thead><tr><th>case</th><th></th>'
     yield '<th>found</th><th class="num">error / tolerance</th></tr></thead><tbody>'
     for row in rows:
-        lines = "".join(f"<br>{text(k)}: {text(v)}" for k, v in row.get("worst", {}).items())
         yield f"<tr><td><code>{text(row['id'])}</code></td><td>{badge(row['status'])}</td>"
-        yield f"<td>{text(row.get('message', ''))}<p>{lines.removeprefix('<br>')}</p></td>"
+        yield f"<td>{text(row.get('message', ''))}<p>{inputs(row)}</p></td>"
         yield f'<td class="num">{error_cell(row)}</td></tr>'
+    yield "</tbody></table></div>"
+
+
+def known_table(content: Mapping[str, Any]) -> Iterator[str]:
+    """The vendor's known failures with what became of each."""
+    rows = content.get("known", ())
+    if not rows:
+        return
+    yield f"<h2>Known failures ({len(rows)})</h2>"
+    yield '<div class="scroll"><table><thead><tr><th>cases</th><th></th><th>reason</th>'
+    yield "<th>issue</th></tr></thead><tbody>"
+    for row in rows:
+        state = str(row.get("state", "used"))
+        shown = f'<span class="badge {"fail" if state in STALE else "other"}">{text(state)}</span>'
+        count = f"<p>{row['failed']} of {row['cases']} failed</p>" if "failed" in row else ""
+        yield f"<tr><td><code>{text(row['case'])}</code></td><td>{shown}{count}</td>"
+        yield f"<td>{text(row['reason'])}</td><td>{text(row.get('issue', ''))}</td></tr>"
     yield "</tbody></table></div>"
 
 
 def offer_table(content: Mapping[str, Any]) -> Iterator[str]:
     """Offers by levels: the worst verdict of what each was asked."""
-    levels = [row["level"] for row in content["levels"]]
     found: dict[str, dict[int, str]] = {}
     for row in content["subjects"]:
         said = found.setdefault(row["subject"].rpartition(" ")[2], {})
         before = said.get(row["level"], ORDER[-1])
         said[row["level"]] = min(before, row["verdict"], key=ORDER.index)
     offers = {name: row for name, row in found.items() if ":" in name and not name.startswith("plugin:")}
-    if not offers or len(levels) < 2:
+    asked = {level for said in offers.values() for level in said}
+    levels = [row for row in content["levels"] if row["level"] in asked]
+    if len(levels) < 2:
         return
     yield '<h2>By offer and level</h2><div class="scroll"><table><thead><tr><th>offer</th>'
-    yield "".join(f"<th>{row['level']} {text(row['name'])}</th>" for row in content["levels"])
+    yield "".join(f"<th>{row['level']} {text(row['name'])}</th>" for row in levels)
     yield "</tr></thead><tbody>"
     for name, said in sorted(offers.items()):
-        cells = (badge(said[level]) if level in said else '<span class="soft">-</span>' for level in levels)
+        cells = (badge(said[row["level"]]) if row["level"] in said else '<span class="soft">-</span>'
+                 for row in levels)  # fmt: skip
         yield f'<tr><td class="id"><code>{text(name)}</code></td>'
         yield f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     yield "</tbody></table></div>"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo_core.errors import ConfigError
+
+STALE = ("passes", "no case")
+"""States of entries that no failure needs: left behind, or misspelt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +48,33 @@ def read_known(path: Path, *, today: datetime.date) -> tuple[Known, ...]:
     return tuple(entry for entry in entries if entry.until is None or today < entry.until)
 
 
-def unmatched(entries: Sequence[Known], case_ids: Sequence[str]) -> list[Known]:
-    """Entries that are about none of the cases: left behind, or misspelt."""
-    return [entry for entry in entries if not any(entry.matches(case_id) for case_id in case_ids)]
+def told(
+    entries: Sequence[Known], statuses: Mapping[str, str], everything: Iterable[str]
+) -> list[dict[str, Any]]:
+    """What became of each entry, for the report. Those in a state of `STALE` are errors.
+
+    `statuses` are those of the cases that were run, `everything` the ids of all that the whole suite has.
+    States: "used", some of its cases failed as it says; "passes", all of them were run and none failed; "no
+    case", it is about none; "not asked", some were left out, and of the others none failed.
+    """
+    ids = sorted({*everything, *statuses})
+    rows = []
+    for entry in entries:
+        about = [case_id for case_id in ids if entry.matches(case_id)]
+        failed = sum(statuses.get(case_id) == "known" for case_id in about)
+        state = "used" if failed else "passes" if about else "no case"
+        if state == "passes" and any(case_id not in statuses for case_id in about):
+            state = "not asked"
+        rows.append({"case": entry.case, "reason": entry.reason, "issue": entry.issue, "state": state,
+                     "cases": len(about), "failed": failed})  # fmt: skip
+    return rows
+
+
+def advice(row: Mapping[str, Any]) -> str:
+    """What to do about an entry that is an error."""
+    if row["state"] == "no case":
+        return f"known failure {row['case']!r} is about no case: take it out or mend the pattern"
+    return f"known failure {row['case']!r} is none: none of its {row['cases']} case(s) fails; take it out"
 
 
 def _entry(path: Path, index: int, row: object) -> Known:

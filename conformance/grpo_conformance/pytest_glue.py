@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from . import model_cases
-from .case import Case, Outcome, Target
+from .case import BROKEN, Case, Outcome, Target
 from .collect import collect
 from .known import Known, read_known
-from .report import BROKEN
 from .target import open_target
 from .worker import Worker
 
@@ -105,6 +104,11 @@ class Results:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Ids of the items that are going to run."""
         self.collected = [item.callspec.params["case"].id for item in session.items]  # type: ignore[attr-defined]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
+        """The same where pytest-xdist's processes collect, and this one does not."""
+        self.collected = [name.partition("[")[2].removesuffix("]") for name in ids]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One outcome a case."""

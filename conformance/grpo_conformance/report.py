@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.errors import ConfigError
-from grpo_core.requirements import installed_version
+from grpo_core.requirements import installed_version, required_name
 
-from .case import LEVELS, Case, Outcome, Target
+from .case import BROKEN, LEVELS, Case, Outcome, Target
+from .known import STALE
 from .sign import digest
 from .target import is_simulated, limits
 
 SCHEMA = "grpo-conformance/1"
-BROKEN = ("fail", "error", "crash", "timeout")
+MUTANTS = "grpo-conformance-mutants/1"
+"""Schema of the score that `grpo conformance --mutants` writes."""
 PACKAGES = ("grpo-core", "torch", "numpy", "transformers")
 
 
@@ -42,12 +45,14 @@ def build(
         "quick": quick,
         **({} if model is None else {"model": dict(model)}),
         "target": _target(target),
-        "environment": environment(),
+        "environment": environment(target),
         "levels": [_level(level, names, results) for level in levels],
         "subjects": [_subject(level, name, rows) for (level, name), rows in sorted(subjects.items())],
         "cases": [_case(case, outcome) for case, outcome in results],
         "known": [dict(entry) for entry in known],
-        "verdict": verdict([outcome.status for _, outcome in results]),
+        "verdict": "fail"
+        if any(entry.get("state") in STALE for entry in known)
+        else verdict([outcome.status for _, outcome in results]),
     }
     return content | {"digest": digest(content)}
 
@@ -59,19 +64,24 @@ def verdict(statuses: Sequence[str]) -> str:
     return "pass" if any(status in ("pass", "known") for status in statuses) else "not_declared"
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, as far as they bear on the numbers."""
+def environment(target: Target) -> dict[str, Any]:
+    """Versions and machine, as far as they bear on the numbers; packages that offers require among them."""
+    offers = [offer for row in target.offers.values() for offer in row]
+    required = {required_name(text) or "" for offer in offers for text in offer.impl.requires}
+    names = [*PACKAGES, *sorted(name for name in required - set(PACKAGES) if installed_version(name))]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
-        "packages": {name: installed_version(name) or "" for name in PACKAGES},
+        "cores": os.cpu_count(),
+        "packages": {name: installed_version(name) or "" for name in names},
         "suite": metadata.version("grpo-core"),
     }
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A report from its file. Raises `ConfigError` for what is not a report of this schema."""
+def read(path: Path, *schemas: str) -> dict[str, Any]:
+    """A report from its file, of one of the schemas (`SCHEMA`). Raises `ConfigError` for what is none."""
+    served = schemas or (SCHEMA,)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -80,11 +90,11 @@ def read(path: Path) -> dict[str, Any]:
             why=str(error),
             fix="give a file that `grpo conformance DEVICE --json FILE` wrote",
         ) from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    if not isinstance(content, dict) or content.get("schema") not in served:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ConfigError(
             f"{path} is not a conformance report",
-            why=f"its schema is {found!r}, this suite reads {SCHEMA!r}",
+            why=f"its schema is {found!r}, what is read here is {' or '.join(served)}",
             fix="write it again with this version of the suite",
         )
     return content

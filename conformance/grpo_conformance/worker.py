@@ -11,17 +11,21 @@ from typing import Any
 
 from grpo_core.plugins import Raised, attempt
 
-from .case import Case, Outcome, check_of
+from .case import BROKEN, Case, Outcome, check_of
+from .patience import Patience
 
 START_SECONDS = 60.0
 """Added to a case's own time while its process starts."""
+AWAY = 1.0
+"""Seconds that the machine must have been away for a case about time to be asked again."""
 
 
 class Worker:
     """One process at a time, kept for as long as cases belong to the same room.
 
     A broken offer can leave the process in any state, so that another room gets a fresh one, and so does
-    a case that asks to be alone. Processes are forked from a server that has imported torch and no plugin.
+    a case that asks to be alone or comes after a fragile one that failed. Processes are forked from a server
+    that has imported torch and no plugin.
     """
 
     def __init__(self, device: str) -> None:
@@ -31,7 +35,21 @@ class Worker:
         self.link: Connection | None = None
 
     def run(self, case: Case) -> Outcome:
-        """The outcome of a case, however it ends."""
+        """The outcome of a case, however it ends.
+
+        A case that failed on account of time while the machine was away is asked once more; its figures then
+        say for how long that was.
+        """
+        outcome, away = self._ask(case)
+        late = outcome.status == "timeout" or (case.timed and outcome.status in BROKEN)
+        if not late or away < AWAY:
+            return outcome
+        self.close()
+        outcome, _ = self._ask(case)
+        return replace(outcome, figures={**outcome.figures, "asked again, seconds away": round(away, 1)})
+
+    def _ask(self, case: Case) -> tuple[Outcome, float]:
+        """The outcome, and for how many seconds the machine was away meanwhile."""
         room = case.room or case.subject
         fresh = case.alone or self.room != room or self.process is None
         if fresh:
@@ -39,15 +57,16 @@ class Worker:
             self._start(room)
         assert self.link is not None
         began = time.monotonic()
-        limit = case.timeout + (START_SECONDS if fresh else 0.0)
+        patience = Patience(limit=case.timeout + (START_SECONDS if fresh else 0.0))
         try:
             self.link.send(case)
-            outcome = self.link.recv() if self.link.poll(limit) else _hung(case)
+            outcome = self.link.recv() if patience.wait([self.link]) else _hung(case)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             outcome = self._death()
-        if case.alone or outcome.status in ("crash", "timeout"):
+        spoilt = case.fragile and outcome.status in BROKEN
+        if case.alone or spoilt or outcome.status in ("crash", "timeout"):
             self.close()
-        return replace(outcome, seconds=round(time.monotonic() - began, 4))
+        return replace(outcome, seconds=round(time.monotonic() - began, 4)), patience.away
 
     def close(self) -> None:
         """End the process, by force where it does not go."""

@@ -41,5 +41,10 @@ def hangs(target: Target) -> Outcome:
     return passed()
 
 
+def slow(target: Target) -> Outcome:
+    time.sleep(0.5)
+    return passed()
+
+
 def garbage(target: Target) -> Any:
     return {"status": "pass"}

@@ -17,6 +17,7 @@ from grpo_conformance.case import Case, Outcome, Target, check_of
 from grpo_conformance.comm import crew as crews
 from grpo_conformance.comm.draws import bound, draw, reduced
 from grpo_conformance.comm.moves import count_tables
+from grpo_conformance.comm.rank import Answer
 from grpo_conformance.levels import collectives as level
 from grpo_conformance.target import open_target
 from grpo_conformance.worker import Worker
@@ -199,3 +200,11 @@ def test_cases_survive_a_trip_and_are_unique() -> None:
         found = list(level.cases(open_target("cpu"), quick=quick))
         assert len({case.id for case in found}) == len(found)
         assert all(isinstance(case, Case) and case.level == 4 and " " not in case.id for case in found)
+
+
+def test_an_error_that_comes_late_is_excused_by_a_machine_that_was_away_and_by_nothing_else() -> None:
+    value = {"raised": "RuntimeError: timed out", "sound": True, "longest": 2.0 + level.LATE + 3.0}
+    late = Answer(rank=0, status="value", value=value)
+    assert "the error came after 9.0 s" in level._loss(late, 2.0)
+    assert "the error came after" in level._loss(replace(late, away=2.9), 2.0)
+    assert level._loss(replace(late, away=3.1), 2.0) == ""

@@ -233,9 +233,11 @@ def test_the_command_writes_every_kind_of_report(
     words = ["conformance", "model", "Qwen2ForCausalLM", "--quick", "--json", "m.json", "--html", "m.html"]
     code = main([*words, "--junit", "m.xml", "--known", "known.toml"])
     out = capsys.readouterr().out
-    assert code == 1 and "is about no case" in out and "qwen2_5: pass" in out
+    assert code == 1 and "is about no case" in out and "qwen2_5: fail" in out
     content = json.loads((tmp_path / "m.json").read_text())
-    assert content["model"]["family"] == "qwen2_5" and content["verdict"] == "pass"
+    assert content["model"]["family"] == "qwen2_5" and content["verdict"] == "fail"
+    assert {row["verdict"] for row in content["levels"]} == {"pass"}
+    assert [row["state"] for row in content["known"]] == ["no case"]
     assert [row["name"] for row in content["levels"]] == list(model_cases.LEVELS)
     assert main(["conformance", "verify", "m.json"]) == 0
     assert main(["conformance", "diff", "m.json", "m.json"]) == 0

@@ -218,7 +218,7 @@ def test_states_in_place_are_replayed_too(cpu: Target, op: str) -> None:
 def test_without_graphs_of_the_device_the_flag_cannot_be_asked(cpu: Target) -> None:
     declared = offering(cpu, "norm.rms", "steady_norm", graph=True)
     (case, *_) = flag_cases(declared, "norm.rms", "graph")
-    assert case.alone
+    assert case.fragile
     outcome = check_of(case)(declared, **case.args)
     assert (outcome.status, outcome.message) == ("not_declared", "cpu has no feature 'graphs'")
 

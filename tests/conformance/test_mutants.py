@@ -15,8 +15,9 @@ from grpo_conformance.mutants import run as running
 from grpo_conformance.mutants.command import pick, report
 from grpo_conformance.mutants.inject import by_name, open_mutated
 from grpo_conformance.mutants.mutant import Mutant
-from grpo_conformance.mutants.run import Row, as_healthy, cases_for, false_alarms, hunt
+from grpo_conformance.mutants.run import Alarm, Row, as_healthy, cases_for, false_alarms, hunt
 from grpo_conformance.mutants.table import MUTANTS
+from grpo_conformance.sign import problem
 from grpo_conformance.sim import build as building
 from grpo_core.errors import ConfigError
 from grpo_core.ops.contract import CONTRACTS
@@ -115,7 +116,11 @@ def test_the_report_counts_what_was_caught() -> None:
     content = json.loads(json.dumps(report([row, other], [], draws=20, asked=7, seconds=1.0)))
     assert (content["mutants"], content["caught"], content["false_alarms"]) == (2, 1, 0)
     assert [one["caught"] for one in content["rows"]] == [True, False]
-    assert content["healthy"] == {"draws": 20, "cases": 7}
+    assert (content["healthy"]["draws"], content["healthy"]["cases"]) == (20, 7)
+    assert content["verdict"] == "fail" and problem(content) is None
+    alarm = Alarm(case="c", draw=3, status="fail", message="m")
+    verdicts = [report([row], alarms, draws=20, asked=7, seconds=1.0)["verdict"] for alarms in ([], [alarm])]
+    assert verdicts == ["pass", "fail"]
 
 
 @compiled

@@ -13,10 +13,11 @@ import pytest
 from grpo_conformance.case import Case, Outcome
 from grpo_conformance.diff import compare
 from grpo_conformance.html import page
-from grpo_conformance.known import read_known, unmatched
+from grpo_conformance.known import advice, read_known, told
 from grpo_conformance.report import build, read, write
 from grpo_conformance.sign import problem, sign
 from grpo_conformance.target import open_target
+from grpo_core.cli.main import main
 from grpo_core.errors import ConfigError
 
 
@@ -116,7 +117,6 @@ def test_known_failures_need_a_reason_and_expire(tmp_path: Path) -> None:
     )
     entries = read_known(path, today=datetime.date(2026, 1, 1))
     assert [entry.reason for entry in entries] == ["erratum 12", "typo"]
-    assert [entry.reason for entry in unmatched(entries, ["ops/x/cpu:b/bad"])] == ["typo"]
     assert len(read_known(path, today=datetime.date(2030, 1, 1))) == 1
     for bad in (
         '[[known]]\ncase = "a"\n',
@@ -129,6 +129,41 @@ def test_known_failures_need_a_reason_and_expire(tmp_path: Path) -> None:
         path.write_text(bad)
         with pytest.raises(ConfigError, match="known failures"):
             read_known(path, today=datetime.date(2026, 1, 1))
+
+
+def test_a_known_failure_that_passes_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "known.toml"
+    names = ("a/fails", "b/*", "c/typo", "d/*", "e/half/*")
+    path.write_text("".join(f'[[known]]\ncase = "{name}"\nreason = "r"\n' for name in names))
+    statuses = {"a/fails": "known", "b/1": "pass", "b/2": "not_declared", "d/1": "pass", "e/half/1": "pass",
+                "e/half/2": "known"}  # fmt: skip
+    rows = told(read_known(path, today=datetime.date(2026, 1, 1)), statuses, [*statuses, "d/2"])
+    assert [row["state"] for row in rows] == ["used", "passes", "no case", "not asked", "used"]
+    assert (rows[4]["failed"], rows[4]["cases"]) == (1, 2)
+    assert advice(rows[1]) == "known failure 'b/*' is none: none of its 2 case(s) fails; take it out"
+    assert "about no case" in advice(rows[2])
+
+
+def test_a_stale_known_failure_fails_the_report() -> None:
+    target = open_target("cpu")
+    good = (Case(id="a", level=2, subject="s", run="x:y"), Outcome(status="pass"))
+    entry = {"case": "a", "reason": "r", "issue": "", "state": "passes", "cases": 1, "failed": 0}
+    for state, verdict in (("passes", "fail"), ("no case", "fail"), ("not asked", "pass"), ("used", "pass")):
+        content = build(target, [good], levels=[2], quick=False, known=[{**entry, "state": state}])
+        assert content["verdict"] == verdict
+        assert f">{state}</span>" in page(content)
+
+
+def test_the_command_notices_a_known_failure_that_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "known.toml").write_text('[[known]]\ncase = "plugin/cpu/failures"\nreason = "mended"\n')
+    words = ["conformance", "cpu", "--level", "0", "-k", "plugin/cpu/failures", "--known", "known.toml"]
+    assert main([*words, "--json", "r.json"]) == 1
+    assert "known failure 'plugin/cpu/failures' is none" in capsys.readouterr().out
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["verdict"] == "fail" and [row["status"] for row in content["cases"]] == ["pass"]
 
 
 def test_the_page_escapes_what_plugins_say(content: dict[str, Any]) -> None:

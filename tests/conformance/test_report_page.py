@@ -65,14 +65,26 @@ def test_the_worst_case_is_shown_with_its_inputs_and_its_share(content: dict[str
 
 def test_failures_come_with_everything_that_is_known(content: dict[str, Any]) -> None:
     text = "".join(html_tables.broken_table(content))
-    assert "What failed (1)" in text and "scale forgotten" in text and "index: [1, 2]" in text
+    assert "What failed (1)" in text and "scale forgotten" in text and "index [1, 2]" in text
     assert "0.5 / 0.1" in text
+
+
+def test_many_failures_are_folded_after_the_first(content: dict[str, Any]) -> None:
+    bad = next(row for row in content["cases"] if row["status"] == "fail")
+    worst = {"inputs": {"q": [55, 4]}, "got": -1.6453796625}
+    many = {"cases": [{**bad, "id": f"ops/x/{i}", "worst": worst} for i in range(html_tables.OPEN + 3)]}
+    text = "".join(html_tables.broken_table(many))
+    shown, _, folded = text.partition("<details><summary>3 more</summary>")
+    assert shown.count("ops/x/") == html_tables.OPEN and folded.count("ops/x/") == 3
+    assert "inputs (q [55, 4]), got -1.64538" in shown
 
 
 def test_offers_have_one_verdict_a_level(content: dict[str, Any]) -> None:
     text = "".join(html_tables.offer_table(content))
-    assert cells(text, "acme:fused") == ["acme:fused", "pass", "-", "pass"]
-    assert cells(text, "acme:slow") == ["acme:slow", "fail", "-", "-"]
+    # A level that asks about no offer has no column.
+    assert [row["level"] for row in content["levels"]] == [2, 3, 6]
+    assert cells(text, "acme:fused") == ["acme:fused", "pass", "pass"]
+    assert cells(text, "acme:slow") == ["acme:slow", "fail", "-"]
 
 
 def test_speed_is_a_table_with_the_fastest_first(content: dict[str, Any]) -> None:

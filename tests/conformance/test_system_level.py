@@ -166,6 +166,14 @@ def test_a_run_that_parts_and_learns_nothing_is_told() -> None:
     assert outcome.status == "fail" and "the reward rises by 0.00" in outcome.message
 
 
+def test_a_small_rise_of_the_references_is_not_told_from_chance() -> None:
+    """Draw 8 of the gated delta model: the references rose by 0.10, the sound device by -0.02."""
+    outcome = followed(run_of((0.1, SAME), (0.1, ONE_APART), (0.08, ONE_APART)), rising=0.10)
+    assert outcome.status == "pass" and outcome.figures["rise"] < 0
+    record = Record(rows=[{"reward/mean": 0.0}] * 10)
+    assert trajectory.shortfall(record) == pytest.approx(3 * 192**-0.5)
+
+
 @pytest.mark.parametrize("value", [1.01, float("nan")])
 def test_a_metric_outside_of_the_band_is_told_with_its_step(value: float) -> None:
     got = run_of((0.1, SAME), (0.1, SAME), (0.1, SAME))

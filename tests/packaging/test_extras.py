@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from grpo_ascend.offers import offers as ascend_offers
+from grpo_core.ops.contract import CONTRACTS
+from grpo_cuda.offers import offers as cuda_offers
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -66,3 +71,14 @@ def test_extras_of_both_chips_are_for_the_systems_that_have_wheels() -> None:
         ("win32", "AMD64", False),
     ):  # fmt: skip
         assert npu.marker.evaluate({"sys_platform": system, "platform_machine": machine}) is wanted
+
+
+@pytest.mark.parametrize(("extra", "offers"), [("cuda", cuda_offers), ("ascend", ascend_offers)])
+def test_no_extra_installs_what_all_its_offers_refuse(extra: str, offers: Any) -> None:
+    """`cuda` asked for Triton 3.2 while every kernel wanted 3.6."""
+    impls = [impl for hook in {contract.hook for contract in CONTRACTS.values()} for impl in offers(hook)]
+    wanted = [Requirement(item) for impl in impls for item in impl.requires]
+    for asked in map(Requirement, EXTRAS[extra]):
+        [oldest] = [clause.version for clause in asked.specifier if clause.operator == ">="]
+        admitted = [item for item in wanted if item.name == asked.name and oldest in item.specifier]
+        assert admitted, f"no offer takes {asked.name} {oldest}"

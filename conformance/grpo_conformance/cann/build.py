@@ -1,26 +1,19 @@
 """Builds the stand-ins for CANN's libraries, once for each machine and torch-npu.
 
 They go to `~/.cache/grpo-core/cann/<key>/lib`, where the key is a hash of our sources and of what is
-installed. Processes that come at the same time wait for the one that builds.
+installed.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_core.errors import PluginError
+from grpo_core import builds
 from grpo_core.requirements import installed_version
 
 from .symbols import libraries_of, wanted
@@ -35,9 +28,7 @@ LOADED = ("libopapi.so", "libhccl.so", "libhcomm.so", "libmsprofiler.so", "libru
 NUMERIC = "libgrpo_cann_numeric.so"
 C_FLAGS = ("-std=gnu17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter")
 CPP_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall")
-WHAT = "the simulated CANN cannot be built"
-TIMEOUT = 900.0
-"""Seconds that one compilation may take."""
+SIMULATED = builds.Product(name="the simulated CANN")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +45,7 @@ def installed() -> Packages:
     for name in ("torch", "torch_npu"):
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
-            raise PluginError(
-                WHAT,
+            raise SIMULATED.error(
                 why=f"package {name} is not installed",
                 fix="pip install torch==2.13.0 torch-npu==2.13.0; `make ascend-sim` does it in an "
                 "environment of its own",
@@ -66,38 +56,19 @@ def installed() -> Packages:
 
 def build(cache: Path, packages: Packages, sources: Path = SOURCES) -> Path:
     """The folder of the libraries. Raises `PluginError` when they cannot be compiled."""
-    folder = cache / key(packages, sources)
-    libraries = folder / "lib"
-    if libraries.exists():
-        return libraries
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            # The system lets go of it when the process dies.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not libraries.exists():
-                print(f"grpo: compiling the simulated CANN into {folder} (once, a minute)", file=sys.stderr)
-                with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                    _compile(Path(scratch), packages, sources)
-                    (Path(scratch) / "lib").rename(libraries)
-    except OSError as error:
-        raise PluginError(
-            WHAT, why=f"{folder}: {error.strerror or error}", fix="make the folder writable"
-        ) from error
-    return libraries
+    libraries = cache / key(packages, sources) / "lib"
+    return builds.once(libraries, lambda scratch: _compile(scratch, packages, sources), SIMULATED)
 
 
 def key(packages: Packages, sources: Path = SOURCES) -> str:
     """What the libraries depend on, as a short hash."""
     versions = [installed_version(name) for name in ("torch", "torch-npu")]
     sizes = [(path.name, path.stat().st_size) for path in libraries_of(packages.torch_npu)]
-    digest = hashlib.sha256(repr((versions, sizes, C_FLAGS, CPP_FLAGS, LOADED)).encode())
-    for path in [*sorted(sources.iterdir()), Path(__file__)]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:20]
+    facts = (versions, sizes, C_FLAGS, CPP_FLAGS, LOADED)
+    return builds.fingerprint(facts, [*sorted(sources.iterdir()), Path(__file__)])
 
 
-def _compile(scratch: Path, packages: Packages, sources: Path) -> None:
+def _compile(scratch: Path, packages: Packages, sources: Path) -> Path:
     out = scratch / "lib"
     out.mkdir()
     want = wanted(packages.torch_npu, packages.torch / "lib")
@@ -118,6 +89,7 @@ def _compile(scratch: Path, packages: Packages, sources: Path) -> None:
             ]
             _run([_program("gcc", "cc"), "-shared", "-fPIC", str(empty), "-o", str(out / name), *link])
         numeric.result()
+    return out
 
 
 def runtime(out: Path, sources: Path = SOURCES, *more: Path) -> Path:
@@ -175,39 +147,8 @@ def _stand_in(name: str) -> str:
 
 
 def _program(*names: str) -> str:
-    for name in names:
-        path = shutil.which(name)
-        if path:
-            return path
-    raise PluginError(
-        WHAT,
-        why=f"no compiler ({' or '.join(names)}) is on PATH",
-        fix="install one (for example the packages gcc and g++)",
-    )
+    return builds.program(SIMULATED, *names)
 
 
 def _run(command: Sequence[str]) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise PluginError(
-            WHAT,
-            why=f"the compiler did not finish within {TIMEOUT:.0f} s",
-            fix="try again on a less busy machine",
-        ) from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[
-            -1:
-        ]
-        raise PluginError(
-            WHAT,
-            why=f"{Path(command[0]).name} failed: {' | '.join(lines[:3]) or f'exit code {done.returncode}'}",
-            fix="install gcc and g++ 11 or newer",
-        )
+    builds.run(command, SIMULATED)

@@ -8,17 +8,19 @@ import pickle
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import util
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from grpo_core.errors import GrpoError
 
+from ..patience import Patience
 from .rank import WHERE, Answer, serve
 
 START = 90.0
@@ -62,22 +64,21 @@ class Crew:
         """What `ranks` (all) answer within `limit` seconds; those that do not are silent.
 
         After a first failure the others have `grace` seconds left, or what there is of the limit for None.
+        Time in which the machine does other things is none of them.
         """
         waiting = set(range(len(self.links)) if ranks is None else ranks)
         answers: dict[int, Answer] = {}
-        began = time.monotonic()
-        deadline = began + limit
-        while waiting and (left := deadline - time.monotonic()) > 0:
-            ready = wait([self.links[rank] for rank in waiting], left)
+        patience = Patience(limit=limit)
+        while waiting and (ready := patience.wait([self.links[rank] for rank in waiting])):
             for rank in [rank for rank in waiting if self.links[rank] in ready]:
                 answers[rank] = self._hear_one(rank)
                 waiting.remove(rank)
                 if grace is not None and answers[rank].status != "value":
-                    deadline = min(deadline, time.monotonic() + grace)
+                    patience.limit = min(patience.limit, patience.spent + grace)
         for rank in waiting:
-            said = f"no answer after {time.monotonic() - began:.1f} s, in {self._where(rank)}"
+            said = f"no answer after {patience.spent:.1f} s, in {self._where(rank)}"
             answers[rank] = Answer(rank=rank, status="silent", text=said)
-        return [answers[rank] for rank in sorted(answers)]
+        return [replace(answers[rank], away=patience.away) for rank in sorted(answers)]
 
     def _hear_one(self, rank: int) -> Answer:
         try:
@@ -104,7 +105,7 @@ class Crew:
         os.kill(process.pid, WHERE)
         time.sleep(0.3)
         trace = self._log(rank).rpartition("most recent call first")[2]
-        frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+        frames = [_short(line.strip()) for line in trace.splitlines() if line.strip().startswith("File ")]
         return " < ".join(frames[:FRAMES]) or "unknown code"
 
     def _log(self, rank: int) -> str:
@@ -162,6 +163,13 @@ def start(device: str, pointer: str, indices: Sequence[int]) -> Crew:
             fix="import the pointer and open the device in a process of its own",
         )
     return crew
+
+
+def _short(frame: str) -> str:
+    """A line of a traceback whose file is named from where Python finds it, not from the machine's root."""
+    for place in sorted((place for place in sys.path if place), key=len, reverse=True):
+        frame = frame.replace(f'"{place.rstrip(os.sep)}{os.sep}', '"')
+    return frame
 
 
 def log_of(folder: Path, rank: int) -> Path:

@@ -56,6 +56,8 @@ class Answer:
     """The error, the way it died, or how long it has been silent."""
     kinds: tuple[str, ...] = ()
     """Names of the classes of the error, the nearest first."""
+    away: float = 0.0
+    """Seconds that the machine did other things while the suite waited for the answers."""
 
 
 def join(seat: Seat, *, rank: int, world: int, store: str, timeout: float) -> None:

@@ -43,7 +43,8 @@ SHORT, SHORTER = 4.0, 2.0
 """Of groups that lose a rank, the second for a quick run."""
 QUICK_MANNERS = ("dead before", "dead amid", "silent")
 LATE = 4.0
-"""Seconds above a timeout that an error may take: threads that look for it sleep, and machines are busy."""
+"""Seconds above a timeout that an error may take: threads that look for it sleep. What the machine was away
+for comes on top."""
 MARGIN = 10.0
 """Seconds above a timeout after which a call hangs, and its process is ended."""
 LIMIT = 240.0
@@ -101,6 +102,7 @@ def _case(offer: Offer, name: str, check: str, args: Mapping[str, Any]) -> Case:
         # The offer runs in the ranks' processes, never in the room's own.
         room=OP,
         timeout=LIMIT,
+        timed=True,
     )
 
 
@@ -234,7 +236,7 @@ def _loss(answer: Answer, timeout: float) -> str:
         return "every call succeeds"
     if not value["sound"]:
         return f"raised {value['raised'][:300]}, which is neither a GrpoError nor a RuntimeError"
-    if value["longest"] > timeout + LATE:
+    if value["longest"] > timeout + LATE + answer.away:
         return f"the error came after {value['longest']:.1f} s, and the timeout is {timeout:.0f} s"
     return ""
 

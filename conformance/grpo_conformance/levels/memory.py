@@ -15,7 +15,7 @@ from ..case import Case, Outcome, Target, failed, passed
 
 OP = "memory.allocator"
 ALONE = ("peaks", "out_of_memory", "leaks")
-CHECKS = ("accounts", "peaks", "tags", "out_of_memory", "leaks", "refusals")
+CHECKS = ("accounts", "tags", "refusals", *ALONE)
 KEEPS = ("host", "disk", "none")
 SIZES = ((1000, 1000), (7,), (3, 5, 11))
 ROUNDS = 200
@@ -27,16 +27,16 @@ def cases(target: Target, *, quick: bool) -> Iterable[Case]:
     """The same list for every offer of `memory.allocator`, the sleeping places in each dtype's storage."""
     for offer in target.offers.get(OP, ()):
         base = {"offer_id": offer.id}
+        for keep in KEEPS:
+            yield Case(
+                id=f"memory/{offer.id}/sleep/{keep}", level=3, subject=offer.id, run=f"{__name__}:sleeps",
+                args=base | {"keep": keep},
+            )  # fmt: skip
         for name in CHECKS:
             yield Case(
                 id=f"memory/{offer.id}/{name}", level=3, subject=offer.id, args=base,
                 run=f"{__name__}:{name}",
                 alone=name in ALONE,
-            )  # fmt: skip
-        for keep in KEEPS:
-            yield Case(
-                id=f"memory/{offer.id}/sleep/{keep}", level=3, subject=offer.id, run=f"{__name__}:sleeps",
-                args=base | {"keep": keep},
             )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,10 @@ WHOLE_DTYPES = 2
 """The first dtypes that an offer takes are asked about every shape, and are all that a quick run asks."""
 FLAGS = "grpo_conformance.ops.flags"
 OUTSIDE = "a value that is not declared"
-THREADED = ("above 2^16 elements",)
+LARGE = "above 2^16 elements"
+"""A quick run asks it in the first dtype alone: it takes as long as all other shapes, and sizes that are
+counted wrong are so in every dtype."""
+THREADED = (LARGE,)
 """Shapes that an offer computes with all threads of the host. Others are too small to share out, and threads
 that wait for one another make them a hundred times slower where something else runs beside the suite."""
 
@@ -28,8 +32,11 @@ def cases(target: Target, *, quick: bool) -> Iterable[Case]:
     """One case for each offer, dtype and named shape, offer by offer; and two of what offers declare."""
     offers = [offer for op, row in target.offers.items() if op in FAMILIES for offer in row]
     order = {op: place for place, op in enumerate(CONTRACTS)}
-    for offer in sorted(offers, key=lambda one: (one.id, order[one.impl.op])):
-        yield from _of_offer(offer, target.probe.info, quick)
+    offers.sort(key=lambda one: (one.id, order[one.impl.op]))
+    for _, row in itertools.groupby(offers, key=lambda one: one.id):
+        found = [case for offer in row for case in _of_offer(offer, target.probe.info, quick)]
+        # Those that share another room come last, so that no room is left twice.
+        yield from sorted(found, key=lambda case: case.fragile)
 
 
 def _of_offer(offer: Offer, info: DeviceInfo, quick: bool) -> Iterator[Case]:
@@ -47,6 +54,8 @@ def _of_offer(offer: Offer, info: DeviceInfo, quick: bool) -> Iterator[Case]:
             continue
         served += 1
         for shape, sizes in _shapes(offer, info, family, facts, quick or served > WHOLE_DTYPES):
+            if quick and served > 1 and shape == LARGE:
+                continue
             args = {**base, "dtype": dtype, "shape": shape, "facts": sizes}
             yield _case(offer, f"{dtype}/{shape}", "answers", args)
         if served <= (1 if quick else WHOLE_DTYPES):
@@ -96,11 +105,10 @@ def _flags(offer: Offer, args: Mapping[str, Any]) -> Iterator[Case]:
     if impl.batch_invariant:
         yield _case(offer, f"{dtype}/batch-invariant", f"{FLAGS}:batch_invariant", args)
     if impl.graph and CONTRACTS[impl.op].kind == "function":
-        # A capture that goes wrong can leave the device in any state.
-        yield _case(offer, f"{dtype}/graph", f"{FLAGS}:graph", args, alone=True)
+        yield _case(offer, f"{dtype}/graph", f"{FLAGS}:graph", args, fragile=True)
 
 
-def _case(offer: Offer, name: str, check: str, args: Mapping[str, Any], *, alone: bool = False) -> Case:
+def _case(offer: Offer, name: str, check: str, args: Mapping[str, Any], *, fragile: bool = False) -> Case:
     op = offer.impl.op
     return Case(
         id=f"ops/{op}/{offer.id}/{name}".replace(" ", "-"),
@@ -108,8 +116,9 @@ def _case(offer: Offer, name: str, check: str, args: Mapping[str, Any], *, alone
         subject=f"{op} {offer.id}",
         run=check if ":" in check else f"{__name__}:{check}",
         args=args,
-        room=offer.id,
-        alone=alone,
+        # A capture that goes wrong can leave the device in any state.
+        room=f"{offer.id} graphs" if fragile else offer.id,
+        fragile=fragile,
     )
 
 

@@ -19,6 +19,8 @@ from ..case import Case, Outcome, Target, failed, passed
 
 BUDGET = 2.0
 """Seconds for importing a plugin and asking its hooks, over a bare interpreter's start."""
+TURNS = 3
+"""Imports of which the quickest counts, where the first takes too long: machines are busy, disks asleep."""
 HEAVY = ("torch", "torch_npu", "triton", "transformer_engine", "flash_attn", "vllm", "megatron", "tensorflow")
 PROBE = """
 import json, sys, time
@@ -88,17 +90,22 @@ def imports(target: Target, *, plugin: str) -> Outcome:
     module = next((info.module for info in target.catalogue.plugins if info.id == plugin), None)
     if module is None:
         return failed(_told(target, plugin))
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE.replace("{hooks!r}", repr(ASKED)), module],
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return failed(f"a fresh interpreter cannot import {module}: {last[0]}")
-    seconds, loaded = json.loads(done.stdout.splitlines()[-1])
+    seconds, loaded, figures = 0.0, [], {}
+    for turn in range(TURNS):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE.replace("{hooks!r}", repr(ASKED)), module],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            return failed(f"a fresh interpreter cannot import {module}: {last[0]}")
+        told, loaded = json.loads(done.stdout.splitlines()[-1])
+        seconds = min(seconds, told) if turn else told
+        figures = {"seconds": round(seconds, 4), "process_seconds": round(time.monotonic() - began, 3)}
+        if seconds <= BUDGET:
+            break
     heavy = sorted({name.partition(".")[0] for name in loaded} & set(HEAVY))
-    figures = {"seconds": round(seconds, 4), "process_seconds": round(time.monotonic() - began, 3)}
     if heavy:
         return failed(f"importing {module} and asking its hooks imports {', '.join(heavy)}", figures=figures)
     if seconds > BUDGET:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -16,16 +16,18 @@ from grpo_core.cli.table import print_table
 from grpo_core.errors import ConfigError
 from grpo_core.plugin_checks import did_you_mean
 
+from ..report import MUTANTS as SCHEMA
+from ..report import write
+from ..sign import digest, sign
 from .mutant import Mutant
-from .run import Alarm, Row, false_alarms, hunt
+from .run import HEALTHY_LEVELS, Alarm, Row, false_alarms, hunt
 from .table import MUTANTS
 
-SCHEMA = "grpo-conformance-mutants/1"
 DRAWS = 20
 WIDTH = 60
 
 
-def run(names: Sequence[str], *, draws: int, out: Path | None) -> int:
+def run(names: Sequence[str], *, draws: int, out: Path | None, key: Path | None = None) -> int:
     """Exit code 0 where every mutant was caught by its level and the healthy device raised no alarm."""
     chosen = pick(names)
     began = time.monotonic()
@@ -35,10 +37,12 @@ def run(names: Sequence[str], *, draws: int, out: Path | None) -> int:
         rows = pool.submit(hunt, chosen, _tell).result()
         alarms, asked = beside.result()
     content = report(rows, alarms, draws=draws, asked=asked, seconds=time.monotonic() - began)
+    if key:
+        content["signature"] = sign(content, key)
     if out:
-        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write(out, content)
     _print(rows, alarms, content)
-    return 0 if content["caught"] == content["mutants"] and not alarms else 1
+    return 0 if content["verdict"] == "pass" else 1
 
 
 def pick(names: Sequence[str]) -> list[Mutant]:
@@ -58,20 +62,23 @@ def pick(names: Sequence[str]) -> list[Mutant]:
 def report(
     rows: Sequence[Row], alarms: Sequence[Alarm], *, draws: int, asked: int, seconds: float
 ) -> dict[str, Any]:
-    """The score as plain JSON values."""
+    """The score as plain JSON values, with a digest as other reports have."""
     import torch
 
-    return {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
+        "command": shlex.join(["grpo", *sys.argv[1:]]),
         "mutants": len(rows),
         "caught": sum(row.caught for row in rows),
         "false_alarms": len(alarms),
         "rows": [{**asdict(row), "caught": row.caught} for row in rows],
         "alarms": [asdict(alarm) for alarm in alarms],
-        "healthy": {"draws": draws, "cases": asked},
+        "healthy": {"draws": draws, "cases": asked, "levels": list(HEALTHY_LEVELS)},
         "seconds": round(seconds, 1),
         "environment": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "verdict": "pass" if all(row.caught for row in rows) and not alarms else "fail",
     }
+    return content | {"digest": digest(content)}
 
 
 def _tell(row: Row) -> None:

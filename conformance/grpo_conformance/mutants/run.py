@@ -10,15 +10,14 @@ from typing import Any
 
 from grpo_core.ops.contract import CONTRACTS
 
-from ..case import LEVELS, Case, Outcome, Target, check_of
+from ..case import BROKEN, LEVELS, Case, Outcome, Target, check_of
 from ..collect import collect, pick_levels
-from ..report import BROKEN
 from ..target import open_target
 from ..worker import Worker
 from .inject import open_mutated
 from .mutant import HEALTHY, NAME, Mutant
 
-HEALTHY_LEVELS = ("device", "ops", "memory", "collectives")
+HEALTHY_LEVELS = ("device", "ops", "memory", "collectives", "system")
 """Levels whose values can be drawn anew."""
 ROOM = "mutants"
 

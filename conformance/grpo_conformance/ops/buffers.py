@@ -25,24 +25,35 @@ class Guarded:
     buffer: Tensor
     kept: Tensor
     """What the whole buffer held, on the host."""
-    inside: Tensor
-    """Which elements of the buffer are the tensor's, bool on the host."""
+    rows: tuple[int, int, int]
+    """The tensor's elements in the buffer behind the first band: rows, elements of each, and from one row's
+    start to the next's."""
 
     def damage(self, *, written: bool) -> str:
         """What became of the buffer, in words; empty where only what may change did."""
-        now = self.buffer.detach().cpu()
-        changed = bits(now) != bits(self.kept)
-        changed = changed.view(now.numel(), -1).any(1)
-        beyond = changed & ~self.inside
+        now, before = bits(self.buffer.detach().cpu()), bits(self.kept)
+        if torch.equal(now, before):
+            return ""
+        changed = (now != before).view(self.kept.numel(), -1).any(1)
+        inside = self.inside()
+        beyond = changed & ~inside
         if bool(beyond.any()):
             first = int(beyond.nonzero()[0])
-            start = int(self.inside.nonzero()[0]) if bool(self.inside.any()) else 0
+            start = int(inside.nonzero()[0]) if bool(inside.any()) else 0
             return (
                 f"writes {int(beyond.sum())} elements outside of it, the first {first - start} from its start"
             )
-        if not written and bool((changed & self.inside).any()):
-            return f"changes {int((changed & self.inside).sum())} of its elements"
+        if not written and bool((changed & inside).any()):
+            return f"changes {int((changed & inside).sum())} of its elements"
         return ""
+
+    def inside(self) -> Tensor:
+        """Which elements of the buffer are the tensor's, bool on the host."""
+        rows, width, pitch = self.rows
+        band = BAND_BYTES // self.kept.element_size()
+        found = torch.zeros(self.kept.shape, dtype=torch.bool)
+        found[band : band + rows * pitch].view(rows, pitch)[:, :width] = True
+        return found
 
 
 def guard(x: Tensor, device: torch.device, *, padded: bool = False) -> Guarded:
@@ -52,16 +63,13 @@ def guard(x: Tensor, device: torch.device, *, padded: bool = False) -> Guarded:
     pitch = width + (GAP if rows > 1 else 0)
     fill = torch.nan if x.is_floating_point() else (0 if x.dtype == torch.bool else INTEGER)
     kept = torch.full((2 * band + rows * pitch,), fill, dtype=x.dtype)
-    inside = torch.zeros(kept.shape, dtype=torch.bool)
-    middle = slice(band, band + rows * pitch)
-    kept[middle].view(rows, pitch)[:, :width] = x.detach().reshape(rows, width)
-    inside[middle].view(rows, pitch)[:, :width] = True
+    kept[band : band + rows * pitch].view(rows, pitch)[:, :width] = x.detach().reshape(rows, width)
     buffer = kept.to(device, copy=True)
     stride = list(x.contiguous().stride())
     if rows > 1:
         stride[0] = pitch
     tensor = buffer.as_strided(tuple(x.shape), tuple(stride), band)
-    return Guarded(tensor=tensor, buffer=buffer, kept=kept, inside=inside)
+    return Guarded(tensor=tensor, buffer=buffer, kept=kept, rows=(rows, width, pitch))
 
 
 def guard_all(

@@ -171,7 +171,9 @@ class Stepped:
     @classmethod
     def draw(cls, kit: Heads, generator: torch.Generator, positions: list[int], slots: list[int]) -> Stepped:
         """One token for each sequence."""
-        (H, D), E, R = kit.queries, kit.sizes[1], int(kit.facts["rotary_dim"]) // 2
+        (H, D), E = kit.queries, kit.sizes[1]
+        # The least head dim comes with the usual rotary dim.
+        R = min(D, int(kit.facts["rotary_dim"])) // 2
         angles = 6 * torch.rand(len(positions), R, generator=generator, dtype=torch.float64)
         tensors = {
             "qkv_BW": normal(generator, len(positions), (H + KV_HEADS) * D + KV_HEADS * E, dtype=kit.dtype),

@@ -60,6 +60,8 @@ QUICK = ("ties", "replay", "groups", "infinite and large logits", "uneven", "all
 def route_questions(op: str, shape: str, facts: Facts, dtype: str) -> Iterable[Question]:
     """Ids exactly, weights and the gradient of the logits; normalised and not."""
     X, top_k, groups = (int(facts[name]) for name in ("num_experts", "top_k", "num_groups"))
+    # The least number of experts comes with the usual top-k.
+    top_k = min(top_k, X)
     logits, ids = _logits(shape, X, DTYPES[dtype]), None
     if shape.startswith("replay"):
         ids = torch.rand(len(logits), X, generator=seeded(33)).argsort(1)[:, :top_k]

@@ -14,8 +14,7 @@ from torch import Tensor
 from grpo_core.ops.attention import CacheSpec, LayerCache
 from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import attend, bounds, visible
-from grpo_core.ops.reference.pages import PageTable
-from grpo_core.ops.reference.slots import SlotCache
+from grpo_core.ops.reference.pages import PageCache, PageTable
 
 from .offers import PAGE
 
@@ -50,7 +49,7 @@ class PagedLayer:
             pool[target, :tokens] = pool[source, :tokens]
 
 
-class PagedCache(SlotCache[PageTable, PagedLayer]):
+class PagedCache(PageCache[PageTable, PagedLayer]):
     """See `grpo_core.ops.attention.KVCache`. A prefix's full pages are shared, the rest is copied."""
 
     def __init__(self, spec: CacheSpec) -> None:
@@ -60,15 +59,6 @@ class PagedCache(SlotCache[PageTable, PagedLayer]):
         super().__init__(
             spec, table, layers, ((*rows, spec.head_dim), (*rows, spec.v_head_dim)), fill=torch.empty
         )
-
-    def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
-        """See `KVCache.fork`. Raises ValueError for a slot that is not alive or holds less than `prefix`."""
-        child = super().fork(slot, prefix=prefix, length=length)
-        begun = None if child is None else self.table.begun(slot, child, prefix)
-        if begun is not None:
-            for layer in self.layers:
-                layer.copy(*begun)
-        return child
 
 
 def prefill(

@@ -13,9 +13,9 @@ from .bands import Witness, batches_of, rollout_logprobs, trainer_logprobs, witn
 from .runs import Lab, built, open_lab, undeclared
 
 
-def agreement(target: Target, *, kind: str, dtype: str) -> Outcome:
+def agreement(target: Target, *, kind: str, dtype: str, draw: int = 0) -> Outcome:
     """Of a rollout's own tokens the trainer says what the rollout said, and both what the references say."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     if not isinstance(lab, Lab):
         return undeclared(lab)
     try:
@@ -54,9 +54,9 @@ def judge(seen: Witness, pairs: dict[str, tuple[Tensor, Tensor]]) -> Outcome:
     return passed(**found)
 
 
-def consistent(target: Target, *, kind: str, dtype: str) -> Outcome:
+def consistent(target: Target, *, kind: str, dtype: str, draw: int = 0) -> Outcome:
     """With `consistent: true` there is no difference at all, whatever is packed or batched together."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     if not isinstance(lab, Lab):
         return undeclared(lab)
     try:

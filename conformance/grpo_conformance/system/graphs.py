@@ -19,10 +19,10 @@ FEW: dict[str, Any] = {"rollout__prompts": 1, "rollout__sleep": False}
 """Eight rows at most: up to there a graph has no row too many, so that it does the same work."""
 
 
-def graphs(target: Target, *, kind: str, dtype: str) -> Outcome:
+def graphs(target: Target, *, kind: str, dtype: str, draw: int = 0) -> Outcome:
     """Recorded steps say what plain ones say: at first, with new weights in their places, after a sleep; bit
     for bit where the plan's offers are deterministic."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     return compared(lab, dtype) if isinstance(lab, Lab) else undeclared(lab)
 
 

@@ -28,9 +28,9 @@ FAR = 1e-2
 """Learning rate after which many tokens would choose other experts."""
 
 
-def replay(target: Target, *, kind: str, dtype: str) -> Outcome:
+def replay(target: Target, *, kind: str, dtype: str, draw: int = 0) -> Outcome:
     """R3: no token uses another expert than the rollout did, and every router moves."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     if not isinstance(lab, Lab):
         return undeclared(lab)
     try:
@@ -64,9 +64,9 @@ def replay(target: Target, *, kind: str, dtype: str) -> Outcome:
     return failed(f"no gradient reaches {', '.join(still)}", **found) if still else passed(**found)
 
 
-def forced(target: Target, *, kind: str) -> Outcome:
+def forced(target: Target, *, kind: str, draw: int = 0) -> Outcome:
     """Given experts that no router chose, log-probs and gradients are those of the references with them."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     if not isinstance(lab, Lab):
         return undeclared(lab)
     changes: dict[str, Any] = {"train__dtype": "float32", "train__routing_replay": "R3"}
@@ -127,9 +127,9 @@ def routers(parts: Parts, planned: PlannedRun) -> dict[str, Tensor]:
     return found
 
 
-def old_pass(target: Target, *, kind: str, dtype: str) -> Outcome:
+def old_pass(target: Target, *, kind: str, dtype: str, draw: int = 0) -> Outcome:
     """R2: a second update on the same completions uses the experts of the pass before the first."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     if not isinstance(lab, Lab):
         return undeclared(lab)
     try:

@@ -51,9 +51,9 @@ class Written(Record):
         self.writer.save(step)
 
 
-def resume(target: Target, *, kind: str, dtype: str) -> Outcome:
+def resume(target: Target, *, kind: str, dtype: str, draw: int = 0) -> Outcome:
     """Four steps, and two of them again from the checkpoint after the second."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     if not isinstance(lab, Lab):
         return undeclared(lab)
     changes: dict[str, Any] = {"train__dtype": dtype, "train__steps": STEPS, "run__save_every": CUT}

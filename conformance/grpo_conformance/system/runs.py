@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 UNSTEADY = ("time/", "throughput/", "memory/")
 """Beginnings of metrics that no two runs share."""
 FOREIGN = re.compile(r": for \w+, not \w+$")
-SEED = 20
+SEED, STRIDE = 20, 100
+"""Of a model's weights, and from one draw to the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,8 @@ class Lab:
     other: Path
     """The same with other weights."""
     data: Path
+    seed: int = 0
+    """`run.seed` of every run."""
 
     def plan(
         self, *, cpu: bool = False, earlier: Plan | None = None, model: Path | None = None, **changes: Any
@@ -61,6 +64,7 @@ class Lab:
             changes["ops"] = REFERENCES
         else:
             changes |= {f"{role}__engine": engine for role, engine in self.target.engines.items()}
+        changes.setdefault("run__seed", self.seed)
         tree = settings(model or self.model, self.data, device, **changes)
         loaded = parse_config(text_of(tree), "conformance.yaml")
         return plan_run(loaded, earlier=earlier, catalogue=self.target.catalogue)
@@ -120,8 +124,9 @@ def scratch(name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_folder()))
 
 
-def open_lab(target: Target, kind: str) -> Lab | str:
-    """The files of a kind of model, made once a process, or why no installed family serves it.
+def open_lab(target: Target, kind: str, draw: int = 0) -> Lab | str:
+    """The files of a kind of model, made once a process, or why no installed family serves it. Another `draw`
+    has other weights, prompts in another order and other random numbers in its runs.
 
     Opens the device first: torch takes a foreign device type before the first backward of a process only.
     """
@@ -130,14 +135,14 @@ def open_lab(target: Target, kind: str) -> Lab | str:
         return found
     family, config = found
     target.device.open(0)
-    root = _folder() / kind
+    root = _folder() / f"{kind}-{draw}"
     if not root.exists():
         root.mkdir()
         for seed, name in enumerate(("model", "other")):
             (root / name).mkdir()
-            write_model(root / name, family, config, seed=SEED + 7 * seed)
+            write_model(root / name, family, config, seed=SEED + 7 * seed + STRIDE * draw)
         write_data(root / "data.jsonl")
-    return Lab(target=target, model=root / "model", other=root / "other", data=root / "data.jsonl")
+    return Lab(target=target, model=root / "model", other=root / "other", data=root / "data.jsonl", seed=draw)
 
 
 @contextmanager

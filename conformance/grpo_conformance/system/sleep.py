@@ -26,10 +26,10 @@ SHARE = 0.9
 """Of the bytes that sleep, which must be free at least: allocators round and keep scratch buffers."""
 
 
-def sleep(target: Target, *, kind: str, dtype: str, keep: str) -> Outcome:
+def sleep(target: Target, *, kind: str, dtype: str, keep: str, draw: int = 0) -> Outcome:
     """Steps with the trainer asleep in each rollout and the engine asleep in each update are those of a run
     in which nobody sleeps; the device's memory falls meanwhile."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     if not isinstance(lab, Lab):
         return undeclared(lab)
     changes: dict[str, Any] = {"train__dtype": dtype, "train__steps": STEPS}

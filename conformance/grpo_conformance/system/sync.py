@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 TOKENS = 8
 
 
-def sync(target: Target, *, kind: str, dtype: str) -> Outcome:
+def sync(target: Target, *, kind: str, dtype: str, draw: int = 0) -> Outcome:
     """Every tensor arrives, every time: what an engine says after a sync is what an engine says that never
     held other weights, bit for bit where the plan's offers are deterministic."""
-    lab = open_lab(target, kind)
+    lab = open_lab(target, kind, draw)
     if not isinstance(lab, Lab):
         return undeclared(lab)
     changes: dict[str, Any] = {"train__dtype": dtype, "rollout__sleep": False}

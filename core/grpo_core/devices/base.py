@@ -27,6 +27,19 @@ class Probe:
     info: DeviceInfo
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lack:
+    """Something that keeps a host from using its chips."""
+
+    part: str
+    """Which part of the host: "driver", "torch"."""
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what} (fix: {self.fix})"
+
+
 class Device(Protocol):
     """A chip. `TorchDevice` implements it over `torch.get_device_module(type)`.
 

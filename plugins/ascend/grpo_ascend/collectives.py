@@ -1,13 +1,16 @@
 """Collectives of NPUs: HCCL for tensors, gloo beside it for objects, barriers and float64.
 
 What HCCL lacks is emulated: "avg" is a sum and a division; float64 is reduced on the host; bool and uint8
-travel as int8.
+travel as int8. Its calls return before they are done, and a watchdog would end the process of a rank
+whose peer is gone: here the host waits for each call, so that it can raise within the timeout.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,10 +28,12 @@ from grpo_core.ops.reference.collective_checks import (
     check_source,
 )
 from grpo_core.ops.reference.collectives import OneRank
-from grpo_core.ops.reference.host_group import HostGroup, HostWorld, join, leave, within
+from grpo_core.ops.reference.host_group import HostGroup, HostWorld, finish, join, leave, within
 
 WORLD_BUFFER, GROUP_BUFFER = 200, 64
 """MB of HCCL's buffer for the world and for a smaller group; a communicator takes two of them on the NPU."""
+GRACE = timedelta(seconds=60)
+"""How much later than ours torch_npu's watchdog would end the process."""
 _OPS = {
     "sum": dist.ReduceOp.SUM,
     "avg": dist.ReduceOp.SUM,
@@ -42,10 +47,10 @@ class HcclGroup:
     """See `grpo_core.ops.collectives.Group`. `handle` is HCCL's process group, `host` gloo's of the same
     ranks."""
 
-    def __init__(self, host: HostGroup, handle: Any) -> None:
+    def __init__(self, host: HostGroup, handle: Any, timeout: timedelta) -> None:
         self.rank = host.rank
         self.size = host.size
-        self._host, self._handle = host, handle
+        self._host, self._handle, self._timeout = host, handle, timeout
 
     def all_reduce(self, x: Tensor, *, op: str) -> None:
         """See `Group.all_reduce`. Raises ValueError for another op, and for "avg" of integers."""
@@ -59,7 +64,7 @@ class HcclGroup:
             flat = x.detach().contiguous()
             options: Any = dist.AllreduceOptions()
             options.reduceOp = _OPS[op]
-            within(lambda: self._handle.allreduce([flat], options).wait(), "all_reduce")
+            self._do(lambda: self._handle.allreduce([flat], options), "all_reduce")
         if op == "avg":
             flat /= self.size
         if flat.data_ptr() != x.data_ptr():
@@ -70,7 +75,7 @@ class HcclGroup:
         mine = _movable(x)
         out = mine.new_empty(self.size * x.shape[0], *x.shape[1:])
         if out.numel():
-            within(lambda: self._handle._allgather_base(out, mine).wait(), "all_gather")
+            self._do(lambda: self._handle._allgather_base(out, mine), "all_gather")
         return out.view(x.dtype)
 
     def reduce_scatter(self, x: Tensor, *, op: str) -> Tensor:
@@ -86,7 +91,7 @@ class HcclGroup:
         options: Any = dist.ReduceScatterOptions()
         options.reduceOp = _OPS[op]
         if out.numel():
-            within(lambda: self._handle._reduce_scatter_base(out, given, options).wait(), "reduce_scatter")
+            self._do(lambda: self._handle._reduce_scatter_base(out, given, options), "reduce_scatter")
         return out.div_(self.size) if op == "avg" else out
 
     def broadcast(self, x: Tensor, *, src: int) -> None:
@@ -97,7 +102,7 @@ class HcclGroup:
         flat = _movable(x)
         options: Any = dist.BroadcastOptions()
         options.rootRank = src
-        within(lambda: self._handle.broadcast([flat], options).wait(), "broadcast")
+        self._do(lambda: self._handle.broadcast([flat], options), "broadcast")
         if flat.data_ptr() != x.data_ptr():
             x.detach().copy_(flat.view(x.dtype))
 
@@ -111,12 +116,16 @@ class HcclGroup:
         rows = _movable(x)
         out = rows.new_empty(sum(recv_counts), *x.shape[1:])
         counts = list(recv_counts), list(send_counts)
-        within(lambda: self._handle.alltoall_base(out, rows, *counts).wait(), "all_to_all")
+        self._do(lambda: self._handle.alltoall_base(out, rows, *counts), "all_to_all")
         return out.view(x.dtype)
 
     def gather_objects(self, obj: object) -> list[object]:
         """See `Group.gather_objects`."""
         return self._host.gather_objects(obj)
+
+    def _do(self, start: Callable[[], Any], what: str) -> None:
+        """Start a call and wait for it. Raises GrpoError when it fails or takes longer than the timeout."""
+        finish(start, what, self._host, self._timeout)
 
 
 def _movable(x: Tensor) -> Tensor:
@@ -161,7 +170,7 @@ class Hccl:
         buffer = WORLD_BUFFER if host.size == self._size else GROUP_BUFFER
         made: list[Any] = []
         within(lambda: made.append(process_group(self._world, key, name, buffer)), name)
-        return HcclGroup(host, made[0])
+        return HcclGroup(host, made[0], self._world.timeout)
 
     def close(self) -> None:
         """Leave; a second call does nothing."""
@@ -171,13 +180,20 @@ class Hccl:
 
 
 def process_group(world: Any, ranks: tuple[int, ...], name: str, buffer_mb: int) -> Any:
-    """HCCL's process group of some ranks, made as torch_npu itself makes it, with buffers of this size."""
+    """HCCL's process group of some ranks, made as torch_npu itself makes it, with buffers of this size.
+
+    It connects in its first call, and waits long for a rank that died before: now everybody is there.
+    """
     options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
-    options._timeout = world.timeout
+    options._timeout = world.timeout + GRACE
     options.global_ranks_in_group = list(ranks)
     options.group_id = name
-    options.hccl_config = {"hccl_buffer_size": buffer_mb}
+    # Releases that do not know a key pass it over; then the host's own wait is what ends a call.
+    seconds = math.ceil(world.timeout.total_seconds())
+    options.hccl_config = {"hccl_buffer_size": buffer_mb, "hccl_exec_timeout": seconds}
     stores: Any = dist
     store = stores.PrefixStore(name, world.store)
     rank, size = ranks.index(world.rank), len(ranks)
-    return torch_npu._C._distributed_c10d.ProcessGroupHCCL(store, rank, size, options)
+    made = torch_npu._C._distributed_c10d.ProcessGroupHCCL(store, rank, size, options)
+    made.allreduce([torch.zeros(1, dtype=torch.int32, device="npu")]).wait()
+    return made

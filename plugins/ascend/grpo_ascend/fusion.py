@@ -14,6 +14,8 @@ from .lengths import ends_of, key_plan
 
 MAX_SEGMENTS = 1024
 """Most sequences of one call."""
+MAX_HEADS = 256
+"""Most query heads of one call."""
 RIGHT_DOWN = 3
 """sparse_mode: causal, aligned at the end of queries and keys."""
 BAND = 4
@@ -59,6 +61,19 @@ def attend(
     causal: bool, window: int | None,
 ) -> Tensor:  # fmt: skip
     """Attention of each query segment over its key segment; both given by their ends, with a leading 0."""
+    heads, groups = k_TKD.shape[1], q_THD.shape[1] // k_TKD.shape[1]
+    at_once = max(1, MAX_HEADS // groups)
+    if heads > at_once:
+        parts = [
+            attend(
+                q_THD[:, groups * first : groups * (first + at_once)].contiguous(),
+                k_TKD[:, first : first + at_once].contiguous(),
+                v_TKE[:, first : first + at_once].contiguous(),
+                ends_q, ends_k, scale=scale, causal=causal, window=window,
+            )
+            for first in range(0, heads, at_once)
+        ]  # fmt: skip
+        return torch.cat(parts, 1)
     outputs = []
     for start in range(0, len(ends_q) - 1, MAX_SEGMENTS):
         stop = min(start + MAX_SEGMENTS, len(ends_q) - 1)

@@ -6,9 +6,9 @@ import glob
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_core.devices.base import Lack
 from grpo_core.requirements import installed_version
 
 NODES = "/dev/davinci[0-9]*"
@@ -22,19 +22,6 @@ TOOLKIT_ENV = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
 SIMULATED = "simulated"
 """File in the toolkit's folder that a simulated CANN brings: its text is the number of NPUs."""
 SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lack:
-    """Something that keeps this host from using its chips."""
-
-    part: str
-    """ "driver", "CANN" or "torch-npu"."""
-    what: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.what} (fix: {self.fix})"
 
 
 def chips(environment: Mapping[str, str] = os.environ) -> int:

@@ -20,6 +20,8 @@ PAGE = 128
 TORCH_NPU = ("torch-npu>=2.7.1.post4,!=2.8.0,!=2.8.0.post2,!=2.9.0,<2.15",)
 """Builds for CANN 9.0 and later: the older ones write the cache in another layout. The audit holds every call
 against each release that this admits; `vendor_surface.json` lists them."""
+PROOF = "simulated"
+"""Of every offer: its cases stand in `conformance/reports/ascend-simulated.json`, as a test makes sure."""
 FUSED, PLAIN = 80, 40
 """Ranks: the vendor's kernels, plain torch on the NPU."""
 CACHE_ID = "ascend:paged"
@@ -193,5 +195,5 @@ def _offer(
         deterministic=True,
         rank=rank,
         contract=CONTRACTS[op].version if load.startswith("grpo_core.") else CONTRACT - (op in EARLIER),
-        proof="audited",
+        proof=PROOF,
     )

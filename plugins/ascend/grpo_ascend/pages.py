@@ -11,8 +11,7 @@ from torch import Tensor
 from grpo_core.ops.attention import CacheSpec
 from grpo_core.ops.common import Common
 from grpo_core.ops.reference.attention import bounds
-from grpo_core.ops.reference.pages import PageTable
-from grpo_core.ops.reference.slots import SlotCache
+from grpo_core.ops.reference.pages import PageCache, PageTable
 
 from .offers import PAGE
 
@@ -115,7 +114,7 @@ class PagedLayer:
         return self.first[pages].flatten(0, 1)[:length], self.second[pages].flatten(0, 1)[:length]
 
 
-class PagedCache(SlotCache[Pages, PagedLayer]):
+class PagedCache(PageCache[Pages, PagedLayer]):
     """A cache in pages of 128: full pages of a prefix are shared, its last tokens are copied."""
 
     def __init__(
@@ -127,15 +126,6 @@ class PagedCache(SlotCache[Pages, PagedLayer]):
         shapes = [(table.num_pages, PAGE, heads, dim) for heads, dim in rows]
         # Zeros, not whatever memory held: a page is read whole, and 0 times a NaN is a NaN.
         super().__init__(spec, table, layers, shapes, fill=torch.zeros)
-
-    def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
-        """See `KVCache.fork`. Raises ValueError for a slot that is not alive or holds less than `prefix`."""
-        child = super().fork(slot, prefix=prefix, length=length)
-        begun = None if child is None else self.table.begun(slot, child, prefix)
-        if begun is not None:
-            for layer in self.layers:
-                layer.copy(*begun)
-        return child
 
 
 def layer_of(cache: object, kind: type[PagedLayer]) -> PagedLayer:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from grpo_core.ops.attention import CacheSpec, LayerCache
 from grpo_core.ops.common import Common
-from grpo_core.ops.reference.pages import PageTable
-from grpo_core.ops.reference.slots import SlotCache
+from grpo_core.ops.reference.pages import PageCache, PageTable
 
 from .bits import any_order
 from .lengths import shared
@@ -124,7 +123,7 @@ class PagedLayer:
             pool[target, :tokens] = pool[source, :tokens]
 
 
-class PagedCache(SlotCache[Pages, PagedLayer]):
+class PagedCache(PageCache[Pages, PagedLayer]):
     """See `grpo_core.ops.attention.KVCache`: full pages of a prefix are shared, its last tokens copied."""
 
     page = PAGE
@@ -137,15 +136,6 @@ class PagedCache(SlotCache[Pages, PagedLayer]):
         super().__init__(
             spec, table, layers, ((*pages, spec.head_dim), (*pages, spec.v_head_dim)), torch.zeros
         )
-
-    def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
-        """See `KVCache.fork`. Raises ValueError for a slot that is not alive or holds less than `prefix`."""
-        child = super().fork(slot, prefix=prefix, length=length)
-        begun = None if child is None else self.table.begun(slot, child, prefix)
-        if begun is not None:
-            for layer in self.layers:
-                layer.copy(*begun)
-        return child
 
 
 class SmallPageCache(PagedCache):

@@ -7,7 +7,6 @@ communicator up.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -16,7 +15,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_core.errors import GrpoError
 from grpo_core.ops.collectives import Group
 from grpo_core.ops.reference.collective_checks import (
     REDUCE_OPS,
@@ -28,13 +26,10 @@ from grpo_core.ops.reference.collective_checks import (
     check_source,
 )
 from grpo_core.ops.reference.collectives import OneRank
-from grpo_core.ops.reference.host_group import HostGroup, HostWorld, join, leave, within
+from grpo_core.ops.reference.host_group import HostGroup, HostWorld, finish, join, leave, within
 
 GRACE = timedelta(seconds=60)
 """How much later than ours NCCL's watchdog would end the process."""
-LOOK = 2e-5
-"""Seconds between two looks whether a call is done, once it has taken `PATIENCE`."""
-PATIENCE = 1e-3
 _OPS = {
     "sum": dist.ReduceOp.SUM,
     "avg": dist.ReduceOp.AVG,
@@ -121,22 +116,10 @@ class NcclGroup:
 
     def _do(self, start: Callable[[], Any], what: str) -> None:
         """Start a call and wait for it. Raises GrpoError when it fails or takes longer than the timeout."""
-        work: list[Any] = []
-        within(lambda: work.append(start()), what)
-        begun = time.monotonic()
-        while self._nccl and not work[0].is_completed():
-            waited = time.monotonic() - begun
-            if waited > self._timeout.total_seconds():
-                self.give_up()
-                raise GrpoError(
-                    f"{what} failed: a peer did not answer or is gone",
-                    why=f"rank {self.rank} of {self.size} waited {waited:.0f} s",
-                    fix="look at the other ranks' output first; raise the timeout if one is only slow",
-                )
-            if waited > PATIENCE:
-                time.sleep(LOOK)
-        # The device's stream takes up the result; an error of the call is raised here.
-        within(work[0].wait, what)
+        if self._nccl:
+            finish(start, what, self._host, self._timeout, self.give_up)
+        else:
+            within(lambda: start().wait(), what)
 
     def give_up(self) -> None:
         """Stop NCCL's kernels, which would wait for ever and block all that comes after them."""

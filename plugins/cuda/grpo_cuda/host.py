@@ -5,25 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from grpo_core.devices.base import Lack
 
 from .nvml import Driver, Gpu
 
 INSTALL = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lack:
-    """Something that keeps this host from using its GPUs."""
-
-    part: str
-    """ "driver" or "torch"."""
-    what: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.what} (fix: {self.fix})"
 
 
 def lacks(driver: Driver | str, built_for: str | None) -> Iterator[Lack]:

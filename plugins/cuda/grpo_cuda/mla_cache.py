@@ -14,8 +14,7 @@ from grpo_core.ops.attention import CacheSpec
 from grpo_core.ops.common import Common
 from grpo_core.ops.mla import LatentLayer
 from grpo_core.ops.reference.mla import latent_shapes
-from grpo_core.ops.reference.pages import PageTable
-from grpo_core.ops.reference.slots import SlotCache
+from grpo_core.ops.reference.pages import PageCache, PageTable
 
 from .cache import PagedLayer, Reading, any_order
 from .lengths import shared
@@ -73,7 +72,7 @@ class LatentPages(PagedLayer):
         return rows_NW[:, : self.L], rows_NW[:, self.L :]
 
 
-class LatentPageCache(SlotCache[PageTable, LatentPages]):
+class LatentPageCache(PageCache[PageTable, LatentPages]):
     """See `grpo_core.ops.mla.LatentCache`: full pages of a prefix are shared, its last tokens copied.
 
     Raises ValueError for sizes of another kind of cache.
@@ -85,15 +84,6 @@ class LatentPageCache(SlotCache[PageTable, LatentPages]):
         layers = [LatentPages(table, spec.v_head_dim) for _ in range(spec.num_layers)]
         # Zeros, not whatever memory held: a page is read whole, and 0 times a NaN is a NaN.
         super().__init__(spec, table, layers, ((table.num_pages, PAGE, 1, spec.head_dim),), torch.zeros)
-
-    def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
-        """See `KVCache.fork`. Raises ValueError for a slot that is not alive or holds less than `prefix`."""
-        child = super().fork(slot, prefix=prefix, length=length)
-        begun = None if child is None else self.table.begun(slot, child, prefix)
-        if begun is not None:
-            for layer in self.layers:
-                layer.copy(*begun)
-        return child
 
 
 def latents(cache: LatentLayer) -> LatentPages:

@@ -14,7 +14,9 @@ from .offer import AMPERE, COMPILED, FLOATS, TRITON, Limits, at_least, offer
 from .triton_blocks import WIDEST
 
 REQUIRES = ("triton>=3.6",)
-"""What torch 2.11 and later bring along for Linux; checked with 3.9, older ones were not looked at."""
+"""What torch 2.10 and later bring along for Linux; the extra `cuda` asks for the same. The kernels were
+compiled and interpreted with 3.6.0, 3.7.1 and 3.9.0. Their calls fit older signatures too, which says little
+of what the compiler makes of them."""
 NAME = "triton"
 _ANY: Limits = {"dtype": FLOATS}
 _ROWS: Limits = {"dtype": FLOATS, "hidden_size": range(8, WIDEST + 1)}

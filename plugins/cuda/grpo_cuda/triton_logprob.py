@@ -57,7 +57,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs, entropies, largest z, log sum exp(z - largest)) of each token, float32."""
     (T, C), V = hidden_TC.shape, lm_head_VC.shape[0]
-    splits, tile = triton.cdiv(V, blocks.SPLIT), blocks.product_tile(short_name(hidden_TC))
+    splits, tile = triton.cdiv(V, blocks.SPLIT), _tile(hidden_TC)
     top_ST, total_ST, shifted_ST = (hidden_TC.new_empty(splits, T, dtype=torch.float32) for _ in range(3))
     chosen_T = hidden_TC.new_zeros(T, dtype=torch.float32)
     if T:
@@ -74,6 +74,11 @@ def statistics(
     log_total_T = total_T.log()
     logprob_T = _reduce(chosen_T, "sum", group) - top_T - log_total_T
     return logprob_T, log_total_T - shifted_T / total_T, top_T, log_total_T
+
+
+def _tile(x: Tensor) -> blocks.ProductTile:
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    return blocks.logits_tile(short_name(x), 10 * major + minor)
 
 
 def _reduce(x: Tensor, op: str, group: Any) -> Tensor:
@@ -154,7 +159,7 @@ def _slopes(
     first: int, inverse_temperature: float,
 ) -> None:  # fmt: skip
     (t, width), C = slopes_tv.shape, hidden_tC.shape[1]
-    tile = blocks.product_tile(short_name(hidden_tC))
+    tile = _tile(hidden_tC)
     slopes_kernel[(triton.cdiv(t, tile.rows), triton.cdiv(width, tile.columns))](
         hidden_tC, lm_head_VC, *rows, rows[1] if scale is None else scale, slopes_tv, t, lm_head_VC.shape[0],
         C, first, width, hidden_tC.stride(0), lm_head_VC.stride(0), slopes_tv.stride(0), inverse_temperature,

@@ -73,6 +73,11 @@ def test_rotary_and_its_gradients(mode: str) -> None:
         agree(got, expected)
 
 
+def test_more_than_a_thousand_tokens_are_turned_in_a_batch_of_one() -> None:
+    x, angles = torch.ones(1, 2048, 8, 4), torch.ones(1, 2048, 1, 4)
+    assert OPS["npu_rotary_mul"](x, angles, 0 * angles, "half").equal(x)
+
+
 @pytest.mark.parametrize(
     ("left", "right"),
     [((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((4,), (2, 4, 5)), ((2, 1, 3, 4), (5, 4, 2)), ((4,), (4,))],
@@ -357,6 +362,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "float64 halves": lambda: OPS["npu_swiglu"](torch.ones(4).double()),
     "rotary of another size": lambda: OPS["npu_rotary_mul"](torch.ones(1, 2, 2, 6), ANGLES, ANGLES),
     "an unknown rotary mode": lambda: OPS["npu_rotary_mul"](torch.ones(1, 2, 2, 4), ANGLES, ANGLES, "neox"),
+    "a thousand heads": lambda: OPS["npu_rotary_mul"](torch.ones(1, 2, 1000, 4), ANGLES, ANGLES),
     "int64 places": lambda: OPS["npu_moe_token_unpermute"](ROWS, torch.arange(4)),
     "a bias of another dtype": lambda: OPS["npu_moe_gating_top_k"](ROWS, 2, bias=torch.ones(3).half()),
     "groups of two": lambda: OPS["npu_moe_gating_top_k"](torch.ones(2, 8), 2, group_count=4),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import socket
 import time
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from grpo_core.errors import GrpoError
 from grpo_core.ops.reference.collective_checks import check_counts
-from grpo_core.ops.reference.host_group import join, leave
+from grpo_core.ops.reference.host_group import HostGroup, finish, join, leave
 
 WORLD = 3
 PATIENCE = 60.0
@@ -76,3 +78,36 @@ def test_counts_that_do_not_fit_are_refused(sends: list[int], receives: list[int
     check_counts(torch.ones(2), [2, 0], [0, 5], 2)
     with pytest.raises(ValueError, match="counts"):
         check_counts(torch.ones(2), sends, receives, 2)
+
+
+class Work:
+    """Of a device's library: done after some looks, if ever."""
+
+    def __init__(self, looks: float) -> None:
+        self.looks = looks
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks <= 0
+
+    def wait(self) -> None:
+        if self.looks == -1:
+            raise RuntimeError("an error on the device")
+
+
+def test_a_call_that_is_never_done_is_given_up_after_the_timeout() -> None:
+    group, given_up, begun = HostGroup([1, 4], 4, None), [], time.monotonic()
+    with pytest.raises(GrpoError, match="all_reduce failed") as raised:
+        finish(
+            lambda: Work(math.inf), "all_reduce", group, timedelta(seconds=0.2), lambda: given_up.append(1)
+        )
+    assert "rank 1 of 2 waited" in raised.value.why and given_up == [1]
+    assert 0.2 <= time.monotonic() - begun < 5
+
+
+def test_a_call_that_is_done_is_waited_for_and_its_error_told() -> None:
+    group, limit = HostGroup([0], 0, None), timedelta(seconds=60)
+    finish(lambda: Work(40), "broadcast", group, limit)
+    with pytest.raises(GrpoError) as raised:
+        finish(lambda: Work(0), "broadcast", group, limit)
+    assert raised.value.why == "an error on the device"

@@ -1,39 +1,14 @@
-"""The references of `moe.*` against loops in float64, transformers' modules and finite differences."""
+"""The references of `moe.*` by example and finite differences; `test_moe_offers` has what all share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import moe_checks as check
-import pytest
 import torch
-from hypothesis import given, settings
 
 from grpo_core.ops.reference import moe
 from grpo_core.ops.reference.collectives import OneRank
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-PARTS = (moe.dispatch, moe.experts, moe.combine)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("case", check.ROUTES)
-@pytest.mark.parametrize("T", [0, 1, 9])
-def test_route(T: int, case: tuple[int, int, int], norm: bool, score: str, dtype: torch.dtype) -> None:
-    check.check_routes(moe.route, T, case, norm=norm, score=score, dtype=dtype)
-
-
-@settings(derandomize=True, deadline=None, max_examples=150)
-@given(check.routes())
-def test_route_with_ties_and_replayed_rows(case: tuple[torch.Tensor, dict[str, Any]]) -> None:
-    check.check_route(moe.route, case[0], **case[1])
-
-
-def test_route_at_the_ends_of_the_range_and_refusals() -> None:
-    check.check_route_at_the_ends(moe.route)
-    check.check_route_refusals(moe.route)
 
 
 def test_a_bias_chooses_and_does_not_weigh() -> None:
@@ -68,28 +43,6 @@ def test_routing_takes_no_gradient_from_the_choice() -> None:
         for score in ("sigmoid", "softmax"):
             arguments = {**check.FREE, "score": score, "norm": norm, "top_k": 3}
             assert torch.autograd.gradcheck(lambda z: moe.route(z, **arguments)[0], (logits,))  # noqa: B023
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", check.SIZES)
-@pytest.mark.parametrize("case", check.COUNTS)
-def test_experts(case: str, size: tuple[int, int], dtype: torch.dtype) -> None:
-    check.check_experts(moe.experts, dtype, case, *size)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", check.IDS)
-def test_dispatch_experts_combine(case: str, dtype: torch.dtype) -> None:
-    check.check_layer(PARTS, dtype, check.IDS[case])
-
-
-def test_strides_and_single_gradients() -> None:
-    check.check_experts_of_strides(moe.experts, torch.float32)
-    check.check_gradient_of_few(moe.experts, torch.float32)
-    check.check_combine_rounds_once(moe.dispatch, moe.combine)
-    check.check_refusals(moe.dispatch, moe.experts)
-    for dtype in (torch.float32, torch.bfloat16):
-        check.check_main_grads(moe.experts, dtype, "uneven", 64, 48)
 
 
 def test_a_group_of_one_rank_is_no_group() -> None:

@@ -41,6 +41,16 @@ def test_more_segments_than_one_call_takes(ascend: SimpleNamespace, monkeypatch:
     op_checks.check_shared_prefix(ascend.fusion.shared_prefix, "groups", torch.float32, None)
 
 
+def test_more_heads_than_one_call_takes(ascend: SimpleNamespace) -> None:
+    q, k, v = op_checks.qkv(6, 300, 150, 8, 8, torch.float32)
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+    o = ascend.fusion.varlen(
+        q, k, v, cu_seqlens=cu_seqlens, max_seqlen=4, scale=1.0, causal=True, window=None
+    )
+    wanted = oracle.attention(q, k, v, lengths=[2, 4], parents=[-1, -1], scale=1.0, causal=True, window=None)
+    oracle.assert_close([o], [wanted], torch.float32)
+
+
 def test_lengths_that_changed_in_place_are_fetched_again(ascend: SimpleNamespace) -> None:
     q, k, v = op_checks.qkv(6, 2, 2, 8, 8, torch.float32)
     cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)

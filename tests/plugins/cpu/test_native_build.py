@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -50,7 +51,7 @@ def test_a_changed_header_is_another_library(tmp_path, sources):
 @needs_compiler
 def test_builders_at_the_same_time_make_one_library(tmp_path, sources, monkeypatch):
     compiled, real = [], native._compile
-    monkeypatch.setattr(native, "_compile", lambda *a: (compiled.append(1), real(*a)))
+    monkeypatch.setattr(native, "_compile", lambda *a: compiled.append(1) or real(*a))
     found: list[Path] = []
     threads = [
         threading.Thread(target=lambda: found.append(native.build(tmp_path / "c", sources))) for _ in range(4)
@@ -72,7 +73,7 @@ def test_a_broken_source_is_reported_with_the_compilers_words_and_leaves_nothing
 
 
 def test_without_a_compiler_the_error_says_so(tmp_path, sources, monkeypatch):
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(PluginError, match="cannot be built") as caught:
         native.build(tmp_path / "cache", sources)
     assert "g++" in caught.value.why

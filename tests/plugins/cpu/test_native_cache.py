@@ -234,7 +234,7 @@ def test_slots_come_and_go_without_touching_each_other(dtype):
         caches[0].free(ours)
         caches[1].free(theirs)
     assert caches[0].table.alive == caches[1].table.alive == 0
-    assert sorted(caches[0].table._free_blocks) == list(range(caches[0].table.num_blocks))
+    assert sorted(caches[0].table._free_units) == list(range(caches[0].table.num_blocks))
 
 
 def test_a_room_is_refused_only_when_tokens_or_slots_run_out():

@@ -1,14 +1,12 @@
-"""`moe.*` of the C++ pack."""
+"""What is particular to `moe.*` of the C++ pack."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import moe_checks as check
 import pytest
 import torch
-from hypothesis import given, settings
 
 from grpo_core.impl import DeviceInfo, Need
 from grpo_core.ops.reference import moe as reference
@@ -20,26 +18,6 @@ if "avx512_bf16" not in cpu_flags() or compiler() is None:
 native = importlib.import_module("grpo_cpu.native_moe")
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("case", check.ROUTES)
-@pytest.mark.parametrize("T", [0, 1, 9])
-def test_route(T: int, case: tuple[int, int, int], norm: bool, score: str, dtype: torch.dtype) -> None:
-    check.check_routes(native.route, T, case, norm=norm, score=score, dtype=dtype)
-
-
-@settings(derandomize=True, deadline=None, max_examples=150)
-@given(check.routes())
-def test_route_with_ties_and_replayed_rows(case: tuple[torch.Tensor, dict[str, Any]]) -> None:
-    check.check_route(native.route, case[0], **case[1])
-
-
-def test_route_at_the_ends_of_the_range_and_refusals() -> None:
-    check.check_route_at_the_ends(native.route)
-    check.check_route_refusals(native.route)
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
@@ -59,13 +37,6 @@ def test_many_tokens_and_experts_are_routed_as_by_the_reference_on_any_number_of
     torch.testing.assert_close(found[0][0], weights, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", check.SIZES)
-@pytest.mark.parametrize("case", check.COUNTS)
-def test_experts(case: str, size: tuple[int, int], dtype: torch.dtype) -> None:
-    check.check_experts(native.experts, dtype, case, *size)
-
-
 @pytest.mark.parametrize("size", [(33, 7), (1, 1), (17, 65)])
 def test_experts_of_odd_sizes_in_float32(size: tuple[int, int]) -> None:
     check.check_experts(native.experts, torch.float32, "uneven", *size)
@@ -83,19 +54,6 @@ def test_experts_of_few_rows(count: int) -> None:
         del check.COUNTS["few"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", check.IDS)
-def test_dispatch_experts_combine(case: str, dtype: torch.dtype) -> None:
-    check.check_layer((native.dispatch, native.experts, native.combine), dtype, check.IDS[case])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["uneven", "no rows", "more rows than are summed at a time"])
-def test_main_grads_take_the_gradients_of_weights(case: str, dtype: torch.dtype) -> None:
-    for size in check.SIZES[1:3]:
-        check.check_main_grads(native.experts, dtype, case, *size)
-
-
 def test_a_main_grad_of_another_dtype_or_shape_is_refused() -> None:
     rows, weights = torch.zeros(2, 32).requires_grad_(), check.weights_of(2, 32, 16, torch.float32)
     for main in (torch.zeros(2, 32, 32).bfloat16(), torch.zeros(2, 32, 16)):
@@ -103,14 +61,6 @@ def test_a_main_grad_of_another_dtype_or_shape_is_refused() -> None:
         y = native.experts(rows, *leaves, torch.tensor([1, 1]), main_grad_gate_up_XGC=main)
         with pytest.raises(RuntimeError, match="main_gate_up must be contiguous float32"):
             y.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_strides_single_gradients_and_refusals(dtype: torch.dtype) -> None:
-    check.check_experts_of_strides(native.experts, dtype)
-    check.check_gradient_of_few(native.experts, dtype)
-    check.check_combine_rounds_once(native.dispatch, native.combine)
-    check.check_refusals(native.dispatch, native.experts)
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

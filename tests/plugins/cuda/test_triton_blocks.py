@@ -53,6 +53,14 @@ def test_a_products_tile_fits_every_gpu_of_8_0_and_later(dtype: str) -> None:
     assert (tile.precision == "ieee") == (dtype == "float32")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_logits_tiles_differ_in_depth_alone(dtype: str) -> None:
+    plain, later = blocks.logits_tile(dtype, 90), blocks.logits_tile(dtype, 120)
+    assert plain == blocks.product_tile(dtype) and later.depth == 32
+    assert (later.rows, later.columns, later.warps) == (plain.rows, plain.columns, plain.warps)
+    assert later.shared_bytes(2) <= plain.shared_bytes(2)
+
+
 @pytest.mark.parametrize(
     ("tokens", "vocab"), [(0, 10), (1, 1), (100, 151_936), (16_384, 151_936), (100_000, 32_000)]
 )

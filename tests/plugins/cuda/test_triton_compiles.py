@@ -23,6 +23,8 @@ class Kernel:
     types: str
     constants: dict[str, Any]
     product: bool = False
+    logits: bool = False
+    """Whether the product's tile is one of logits."""
     warps: int = 4
 
 
@@ -41,10 +43,10 @@ KERNELS = [
     Kernel(name="triton_swiglu:swiglu_backward_kernel", types="X X X i32 i32 i32", constants=_TILES),
     Kernel(name="triton_logprob_kernels:statistics_kernel",
            types="X X *i64 *fp32 *fp32 *fp32 *fp32" + 5 * " i32" + " fp32", constants={"SPLIT": blocks.SPLIT},
-           product=True),
+           product=True, logits=True),
     Kernel(name="triton_logprob_kernels:slopes_kernel",
            types="X X *i64" + 6 * " *fp32" + " X" + 8 * " i32" + " fp32", constants={"SCALED": True},
-           product=True),
+           product=True, logits=True),
     Kernel(name="triton_product:product_kernel", types=_FACTORS, product=True,
            constants={"ADD": True, "SCALED": True, "GROUP": 8, "stride_am": 1}),
     Kernel(name="triton_product:product_kernel", types=_FACTORS, product=True,
@@ -55,7 +57,7 @@ KERNELS = [
            constants={"PIECE": 4096}),
 ]  # fmt: skip
 COMPILED = [(80, "*bf16"), (90, "*bf16"), (90, "*fp32")]
-LATER = [(86, "*bf16"), (89, "*fp16"), (100, "*bf16"), (80, "*fp32")]
+LATER = [(86, "*bf16"), (89, "*fp16"), (100, "*bf16"), (120, "*bf16"), (120, "*fp16"), (80, "*fp32")]
 
 
 def compiled(kernel: Kernel, dtype: str, capability: int, folder: Path) -> triton_compiled.Compiled:
@@ -64,7 +66,8 @@ def compiled(kernel: Kernel, dtype: str, capability: int, folder: Path) -> trito
     function = getattr(importlib.import_module(f"grpo_cuda.{module}"), name)
     constants, warps, stages = dict(kernel.constants), kernel.warps, 3
     if kernel.product:
-        tile = blocks.product_tile(SHORT[dtype])
+        short = SHORT[dtype]
+        tile = blocks.logits_tile(short, capability) if kernel.logits else blocks.product_tile(short)
         constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "EVEN": True,
                       "PRECISION": tile.precision}  # fmt: skip
         warps, stages = tile.warps, tile.stages

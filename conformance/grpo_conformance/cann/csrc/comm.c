@@ -57,6 +57,8 @@ static int await(comm_t* comm, uint32_t* word, uint32_t seen, double timeout, in
     if (round % 4 != 3 || read_of(word) != seen) continue;
     int gone = all ? lost(comm) : -1;
     if (gone < 0 && now() < until) continue;
+    /* It may have come last and left in good order meanwhile. */
+    if (read_of(word) != seen) break;
     __atomic_store_n(&comm->header->broken, 1, __ATOMIC_RELEASE);
     wake(word);
     if (gone >= 0) return cann_refuse(kRemote, "rank %d of %s is gone", gone, comm->name);

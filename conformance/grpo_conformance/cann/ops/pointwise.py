@@ -74,8 +74,8 @@ def _check_rotary(op: str, input: Tensor, r1: Tensor, r2: Tensor, mode: str) -> 
     require(r1.shape[3] == dim, op, f"r1 of the last dimension {dim}, not {r1.shape[3]}")
     same = all(r in (1, x) for r, x in zip(r1.shape, input.shape, strict=True))
     require(same, op, f"r1 {list(r1.shape)} does not fit {list(input.shape)}")
-    # The sequence is wherever r1 has more than one row; a decode step has a batch in its place.
-    places = [i for i in range(3) if r1.shape[i] != 1 or outer[i] == 1]
+    # The sequence is wherever r1 has more than one row, else where there is one alone.
+    places = [i for i in range(3) if r1.shape[i] != 1] or [i for i in range(3) if outer[i] == 1]
     rest = [outer[i] for i in range(3) if i not in places[:1]]
     require(all(size < 1000 for size in rest), op, f"batch and heads below 1000, not {rest}")
 

@@ -29,6 +29,8 @@ _OPS = {
 }
 KNOCK = 0.05
 """Seconds between two looks whether the first rank listens."""
+PATIENCE, LOOK = 1e-3, 2e-5
+"""Seconds of looking all the time whether a call is done, and then between two looks."""
 
 
 class HostGroup:
@@ -172,11 +174,37 @@ def within(call: Callable[[], object], what: str) -> None:
     try:
         call()
     except (RuntimeError, ConnectionError) as error:
-        raise GrpoError(
-            f"{what} failed: a peer did not answer or is gone",
-            why=(str(error).splitlines() or [type(error).__name__])[0][:300],
-            fix="look at the other ranks' output first; raise the timeout if one is only slow",
-        ) from error
+        raise _lost(what, (str(error).splitlines() or [type(error).__name__])[0][:300]) from error
+
+
+def finish(
+    start: Callable[[], Any], what: str, group: HostGroup, limit: timedelta,
+    give_up: Callable[[], object] | None = None,
+) -> None:  # fmt: skip
+    """Start a call of a device's library, which returns before it is done, and wait for it on the host.
+
+    Raises GrpoError when it fails; and when it takes longer than `limit`, after `give_up`.
+    """
+    work: list[Any] = []
+    within(lambda: work.append(start()), what)
+    begun = time.monotonic()
+    while not work[0].is_completed():
+        waited = time.monotonic() - begun
+        if waited > limit.total_seconds():
+            if give_up is not None:
+                give_up()
+            raise _lost(what, f"rank {group.rank} of {group.size} waited {waited:.0f} s")
+        if waited > PATIENCE:
+            time.sleep(LOOK)
+    # The device's stream takes up the result; an error of the call is raised here.
+    within(work[0].wait, what)
+
+
+def _lost(what: str, why: str) -> GrpoError:
+    return GrpoError(
+        f"{what} failed: a peer did not answer or is gone", why=why,
+        fix="look at the other ranks' output first; raise the timeout if one is only slow",
+    )  # fmt: skip
 
 
 def _await_listener(host: str, port: int, seconds: float) -> None:

@@ -1,14 +1,15 @@
-"""Bookkeeping of a cache in pages: which page of a pool holds which tokens. No keys or values."""
+"""Caches in pages: which page of a pool holds which tokens, and how a fork begins in the middle of one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .slot_tree import Slot, SlotTree
+from .slots import Pooled, SlotCache
 
 
 def recording(device_type: str) -> Callable[[], bool]:
@@ -74,3 +75,28 @@ class PageTable(SlotTree[Slot]):
             at = int(outside_T.nonzero()[0])
             raise IndexError(f"slot {int(slots_T[at])} has no room at position {int(positions_T[at])}")
         return self.pages_SP[slots_T, positions_T // size] * size + positions_T % size
+
+
+class PageLayer(Pooled, Protocol):
+    """A layer whose storage is in pages."""
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first tokens of one page to another."""
+        ...
+
+
+TableT = TypeVar("TableT", bound=PageTable)
+LayerT = TypeVar("LayerT", bound=PageLayer)
+
+
+class PageCache(SlotCache[TableT, LayerT]):
+    """A cache in pages: a prefix's full pages are shared, its last tokens are copied."""
+
+    def fork(self, slot: int, *, prefix: int, length: int) -> int | None:
+        """See `KVCache.fork`. Raises ValueError for a slot that is not alive or holds less than `prefix`."""
+        child = super().fork(slot, prefix=prefix, length=length)
+        begun = None if child is None else self.table.begun(slot, child, prefix)
+        if begun is not None:
+            for layer in self.layers:
+                layer.copy(*begun)
+        return child

@@ -55,13 +55,17 @@ class SlotTree(Generic[SlotT]):
         self._alive(slot).freed = True
         at: int | None = slot
         while at is not None and self._slots[at].freed and self._slots[at].children == 0:
-            gone = self._slots.pop(at)
+            gone = self._remove(at)
             self._free_units.extend(reversed(gone.units[gone.shared :]))
             self._free_slots.append(at)
             self._free_tokens += gone.own
             at = gone.parent
             if at is not None:
                 self._slots[at].children -= 1
+
+    def _remove(self, number: int) -> SlotT:
+        """Take a slot out that nobody needs any more, a parent when its last child goes."""
+        return self._slots.pop(number)
 
     def _alive(self, slot: int) -> SlotT:
         entry = self._slots.get(slot)

@@ -1,9 +1,15 @@
-"""One rank of two of the collectives of the plugin: HCCL through the real torch-npu, findings as JSON."""
+"""One rank of two of the collectives of the plugin: HCCL through the real torch-npu, findings as JSON.
+
+ascend_rank.py RANK STORE OUT [bereft]
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,7 @@ import torch
 
 from grpo_ascend.collectives import Hccl
 from grpo_ascend.device import ASCEND
+from grpo_core.errors import GrpoError
 
 TIMEOUT = 600.0
 """Seconds; busy machines stop for a while."""
@@ -61,12 +68,28 @@ def native_float64(group: Any, device: torch.device) -> str:
     return ""
 
 
-def main(rank: int, store: str, out: str) -> None:
+def bereft(group: Any, rank: int, device: torch.device) -> dict[str, Any]:
+    """Rank 1 dies before the first call of anybody; what rank 0 is told, and after how many seconds."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        group.all_reduce(torch.ones(4, device=device), op="sum")
+    except GrpoError as error:
+        return {"raised": error.what, "seconds": time.monotonic() - began}
+    return {"raised": ""}
+
+
+def main(rank: int, store: str, out: str, how: str = "") -> None:
     torch.set_num_threads(1)
     device = ASCEND.open(rank)
     comm = Hccl()
     comm.init(rank=rank, world=2, store=store, timeout=TIMEOUT)
     group = comm.group([0, 1])
+    if how == "bereft":
+        Path(f"{out}.{rank}").write_text(json.dumps(bereft(group, rank, device)))
+        comm.close()
+        return
     found = reductions(group, rank, device) | moves(group, rank, device)
     alone = torch.tensor([rank + 1.0], device=device)
     comm.group([rank]).all_reduce(alone, op="sum")
@@ -78,4 +101,4 @@ def main(rank: int, store: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), *sys.argv[2:])

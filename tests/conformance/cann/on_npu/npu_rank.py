@@ -34,7 +34,8 @@ def losses(device: str, rows: slice, wrap: Callable[[torch.nn.Module], Any]) -> 
 
 
 def reduced(op: Any, dtype: torch.dtype = torch.float32) -> list[float]:
-    x = torch.tensor([dist.get_rank() + 1, 2]).to("npu").to(dtype)
+    # Numbers that an NPU is to turn into float64, torch_npu turns into float32.
+    x = torch.tensor([dist.get_rank() + 1, 2], dtype=dtype).to("npu")
     dist.all_reduce(x, op=op)
     return x.tolist()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,34 @@ import pytest
 RANK = Path(__file__).with_name("ascend_rank.py")
 
 
-def test_two_ranks_over_hccl(tmp_path: Path) -> None:
-    out, store = tmp_path / "found", f"file://{tmp_path}/store"
+LONGEST = 60.0
+"""Seconds; HCCL itself waits for 120 until a rank connects."""
+
+
+def ranks(folder: Path, *how: str) -> tuple[Path, list[int], list[str]]:
+    """Where two ranks wrote what they found, how they ended, and what they said."""
+    out, store = folder / "found", f"file://{folder}/store"
     processes = [
-        subprocess.Popen([sys.executable, str(RANK), str(rank), store, str(out)], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, str(RANK), str(rank), store, str(out), *how], stderr=subprocess.PIPE
+        )
         for rank in range(2)
     ]
     said = [process.communicate(timeout=900)[1].decode(errors="replace") for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    return out, [process.returncode for process in processes], said
+
+
+def test_a_peer_that_died_before_the_first_call_is_missed_at_once(tmp_path: Path) -> None:
+    out, codes, said = ranks(tmp_path, "bereft")
+    assert codes == [0, -signal.SIGKILL], said
+    found = json.loads(Path(f"{out}.0").read_text())
+    assert "all_reduce failed: a peer did not answer or is gone" in found["raised"]
+    assert found["seconds"] < LONGEST
+
+
+def test_two_ranks_over_hccl(tmp_path: Path) -> None:
+    out, codes, said = ranks(tmp_path)
+    assert codes == [0, 0], said
     found = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
     for row in found:
         for name in ("float32", "bfloat16", "float16", "int64", "int32", "float64"):

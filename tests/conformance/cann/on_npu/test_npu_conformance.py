@@ -53,6 +53,18 @@ def test_a_missing_backward_is_found() -> None:
     assert outcome.status in ("fail", "error") and "grad" in outcome.message
 
 
+def cut_off(gate_up: Tensor) -> Tensor:
+    """Right numbers, and no gradient."""
+    out: Tensor = plugin("mlp", "swiglu")(gate_up)
+    return out.detach()
+
+
+def test_a_backward_that_is_cut_off_is_found() -> None:
+    shape = next(iter(FAMILIES["mlp.swiglu"].shapes))
+    outcome = asked("mlp.swiglu", cut_off, shape)
+    assert outcome.status in ("fail", "error") and "grad" in outcome.message
+
+
 def left_up(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Any:
     """Packed as one sequence: forgets where the others begin."""
     cu_seqlens = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
