@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t CHUNK = 48;  // weight rows that a task computes: a multiple of 6, 8, 12 and 16
 
+constexpr int64_t TURN = 16;   // of them between gate and up, for up to 16 rows
+
 struct Block {
   int64_t expert, start, rows, padded, lanes_before;
 };
@@ -46,9 +48,14 @@ void hidden_chunk(const Experts<T>& a, const Block& b, const unit* packed, int64
   const T* weight = a.gate_up + (b.expert * 2 * a.f + f0) * a.c;
   const unit *wg = units(weight), *wu = units(weight + a.f * a.c);
   T* out = gate_up_out ? gate_up_out + b.start * 2 * a.f + f0 : nullptr;
+  // Gate and up take turns: both fetch what they need next while the other is multiplied.
+  const int64_t turn = b.padded <= 16 ? TURN : CHUNK;
   if (b.rows <= FEW) {
-    few_dots<T>(b.rows, units(a.rows + b.start * a.c), kp, wg, kp, m, kp, gate, CHUNK);
-    few_dots<T>(b.rows, units(a.rows + b.start * a.c), kp, wu, kp, m, kp, up, CHUNK);
+    for (int64_t i = 0; i < m; i += turn) {
+      const int64_t n = std::min(turn, m - i);
+      few_dots<T>(b.rows, units(a.rows + b.start * a.c), kp, wg + i * kp, kp, n, kp, gate + i, CHUNK);
+      few_dots<T>(b.rows, units(a.rows + b.start * a.c), kp, wu + i * kp, kp, n, kp, up + i, CHUNK);
+    }
     for (int64_t r = 0; r < b.rows; ++r) {
       T* hidden = reinterpret_cast<T*>(h + r * hp) + f0;
       each16(0, m, [&](int64_t i, auto lanes) {
@@ -60,8 +67,11 @@ void hidden_chunk(const Experts<T>& a, const Block& b, const unit* packed, int64
     }
     return;
   }
-  group_gemm<T, float>(m, b.padded, kp, wg, kp, 1, packed, b.padded, gate, LANES);
-  group_gemm<T, float>(m, b.padded, kp, wu, kp, 1, packed, b.padded, up, LANES);
+  for (int64_t i = 0; i < m; i += turn) {
+    const int64_t n = std::min(turn, m - i);
+    group_gemm<T, float>(n, b.padded, kp, wg + i * kp, kp, 1, packed, b.padded, gate + i * LANES, LANES);
+    group_gemm<T, float>(n, b.padded, kp, wu + i * kp, kp, 1, packed, b.padded, up + i * LANES, LANES);
+  }
   if (out) store_columns(gate, LANES, m, b.rows, out, 2 * a.f);
   if (out) store_columns(up, LANES, m, b.rows, out + a.f, 2 * a.f);
   unit* to = h + f0 / PER_UNIT<T> * b.padded;
@@ -114,13 +124,14 @@ void experts_forward(const Experts<T>& a, T* gate_up_out, T* hidden, T* y) {
       pack_columns(units(a.rows + b.start * a.c), kp, b.rows, kp, x + b.lanes_before * kp, b.padded, b.padded);
   });
   const int64_t f_chunks = (a.f + CHUNK - 1) / CHUNK, c_chunks = (a.c + CHUNK - 1) / CHUNK;
-  spread(count * f_chunks, [&](int64_t task) {
+  // A thread's chunks are neighbours: what one fetches ahead is the next one's.
+  spread_grid(count * f_chunks, 1, [&](int64_t task, int64_t) {
     const Block& b = blocks[task / f_chunks];
     const int64_t f0 = task % f_chunks * CHUNK;
     hidden_chunk(a, b, x + b.lanes_before * kp, f0, std::min(CHUNK, a.f - f0), gate_up_out,
                  h + b.lanes_before * hp);
   });
-  spread(count * c_chunks, [&](int64_t task) {
+  spread_grid(count * c_chunks, 1, [&](int64_t task, int64_t) {
     const Block& b = blocks[task / c_chunks];
     const int64_t c0 = task % c_chunks * CHUNK;
     down_chunk(a, b, h + b.lanes_before * hp, c0, std::min(CHUNK, a.c - c0), y);

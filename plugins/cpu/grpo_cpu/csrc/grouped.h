@@ -165,32 +165,55 @@ static void store_columns(const float* c, ptrdiff_t c_row, int64_t m, int64_t n,
     }
 }
 
+// The sum of each vector's 16 lanes, as lane i for vector i: a tree, for a third of what 16 sums cost.
+static inline __m512 sums_of(const __m512 (&v)[16]) {
+  __m512 pair[8], four[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low = _mm512_castps_pd(pair[2 * i]), high = _mm512_castps_pd(pair[2 * i + 1]);
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                            _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    pair[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x44),
+                            _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xee));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(pair[0], pair[1], 0x88),
+                       _mm512_shuffle_f32x4(pair[0], pair[1], 0xdd));
+}
+
+constexpr int64_t FETCHED = 8;  // rows of weights between those multiplied and those fetched
+
 // out[r][g] = <x row r, w row g> for NR rows of x and `m` of w: nothing is packed, for few rows.
 template <class T, int NR, int G>
 static void dots(const unit* x, ptrdiff_t x_row, const unit* w, ptrdiff_t w_row, int64_t m, int64_t kp,
                  float* out, ptrdiff_t out_row) {
   int64_t g = 0;
   for (; g + G <= m; g += G, w += G * w_row) {
-    __m512 acc[NR][G];
-#pragma GCC unroll 8
-    for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < G; ++j) acc[r][j] = _mm512_setzero_ps();
+    __m512 acc[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
     each16(0, kp, [&](int64_t k, auto lanes) {
       __m512i weight[G];
 #pragma GCC unroll 4
-      for (int j = 0; j < G; ++j) weight[j] = _mm512_maskz_loadu_epi32(lanes, w + j * w_row + k);
+      for (int j = 0; j < G; ++j) {
+        _mm_prefetch((const char*)(w + (FETCHED + j) * w_row + k), _MM_HINT_T0);
+        weight[j] = _mm512_maskz_loadu_epi32(lanes, w + j * w_row + k);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < NR; ++r) {
         const __m512i row = _mm512_maskz_loadu_epi32(lanes, x + r * x_row + k);
 #pragma GCC unroll 4
-        for (int j = 0; j < G; ++j) acc[r][j] = multiply_add<T>(row, weight[j], acc[r][j]);
+        for (int j = 0; j < G; ++j) acc[r * G + j] = multiply_add<T>(row, weight[j], acc[r * G + j]);
       }
     });
+    alignas(64) float sums[16];
+    _mm512_store_ps(sums, sums_of(acc));
 #pragma GCC unroll 8
-    for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < G; ++j) out[r * out_row + g + j] = _mm512_reduce_add_ps(acc[r][j]);
+    for (int r = 0; r < NR; ++r) std::memcpy(out + r * out_row + g, sums + r * G, G * sizeof(float));
   }
   if constexpr (G > 1)
     if (g < m) dots<T, NR, 1>(x, x_row, w, w_row, m - g, kp, out + g, out_row);
