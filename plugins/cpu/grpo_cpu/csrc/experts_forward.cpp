@@ -9,8 +9,7 @@ namespace grpo {
 namespace {
 
 constexpr int64_t CHUNK = 48;  // weight rows that a task computes: a multiple of 6, 8, 12 and 16
-
-constexpr int64_t TURN = 16;   // of them between gate and up, for up to 16 rows
+constexpr int64_t TURN = 16;  // of them between gate and up, for up to 16 rows
 
 struct Block {
   int64_t expert, start, rows, padded, lanes_before;
