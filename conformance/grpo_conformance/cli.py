@@ -9,10 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_core.cli.table import print_table
 from grpo_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .known import Known
 
 WAYS = {
     "verify": "verify REPORT: is the file what the suite wrote?",
@@ -65,6 +68,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 for a pass, 1 for a verdict that is not one, 2 for a mistake."""
+    for out in filter(None, (args.json, args.html, args.junit)):
+        _check_room(out)
+    if args.sign:
+        from .sign import sign
+
+        sign({}, args.sign)  # so that a key that cannot is told before the run, not after it
     if args.mutants is not None and not args.words:
         from .mutants import command
 
@@ -145,10 +154,15 @@ def _suite(device: str, args: argparse.Namespace, model: str = "") -> int:
             why="its cases are items of pytest",
             fix="pip install pytest",
         ) from None
+    import datetime
+
     from . import collect, model_cases
+    from .known import read_known
     from .pytest_glue import Results
     from .target import open_target
 
+    # Asked first: pytest would tell a bad file as an error of its own.
+    entries = read_known(args.known, today=datetime.date.today()) if args.known else ()
     levels = (model_cases if model else collect).pick_levels(args.level)
     target = open_target(device)
     subject = model_cases.find(model, target.catalogue) if model else None
@@ -157,7 +171,17 @@ def _suite(device: str, args: argparse.Namespace, model: str = "") -> int:
     code = pytest.main(words, plugins=[results])
     if args.collect_only or code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR):
         return int(code)
-    return _finish(target, results, levels, args, subject)
+    return _finish(target, results, levels, args, entries, subject)
+
+
+def _check_room(out: Path) -> None:
+    """A run of minutes is not to end without a place for its report."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(
+            f"{out} cannot be written",
+            why="it is a folder" if out.is_dir() else f"there is no folder {out.parent}",
+            fix="name a file in a folder that exists",
+        )
 
 
 def _pytest_words(device: str, levels: Sequence[int], args: argparse.Namespace) -> list[str]:
@@ -176,18 +200,16 @@ def _pytest_words(device: str, levels: Sequence[int], args: argparse.Namespace) 
 
 
 def _finish(
-    target: Any, results: Any, levels: Sequence[int], args: argparse.Namespace, subject: Any = None
-) -> int:
-    import datetime
-
+    target: Any, results: Any, levels: Sequence[int], args: argparse.Namespace, entries: Sequence[Known],
+    subject: Any = None,
+) -> int:  # fmt: skip
     from . import model_cases
     from .html import page
-    from .known import STALE, advice, read_known, told
+    from .known import STALE, advice, told
     from .report import build, write
     from .sign import sign
 
     rows = [results.found[case_id] for case_id in results.collected if case_id in results.found]
-    entries = read_known(args.known, today=datetime.date.today()) if args.known else ()
     everything = [case.id for case in _whole(target, subject)] if entries else []
     known = told(entries, {case.id: outcome.status for case, outcome in rows}, everything)
     command = shlex.join(["grpo", *sys.argv[1:]])

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .names import absolute, statements
+from .names import absolute, dotted, statements
 from .sources import Sources
 
 Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -184,15 +184,6 @@ class Definitions:
                 and self.is_function(base.module, base.node))
             for base in self.bases(module, owner)
         )  # fmt: skip
-
-
-def dotted(node: ast.expr) -> list[str]:
-    """A chain of names, or nothing."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
 
 
 def _fields(owner: ast.ClassDef) -> set[str]:

@@ -11,7 +11,8 @@ import ast
 import enum
 from collections.abc import Iterable, Iterator
 
-from .definitions import Definition, Definitions, dotted
+from .definitions import Definition, Definitions
+from .names import dotted
 
 KERNELS = ("flash_attn_2_cuda", "flash_attn_gpu", "transformer_engine_torch", "causal_conv1d_cuda", "tex")
 """Modules in C++ whose functions autograd does not see."""

@@ -325,3 +325,12 @@ def under(path: str, roots: Mapping[str, tuple[str, ...]] | Iterable[str]) -> st
     """The path after the longest root that it lies under."""
     found = [root for root in roots if path.startswith(root + ".")]
     return path[len(max(found, key=len)) + 1 :] if found else None
+
+
+def dotted(node: ast.expr) -> list[str]:
+    """["torch_npu", "npu", "synchronize"], or nothing for what is no chain of names."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []

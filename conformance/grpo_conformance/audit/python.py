@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .definitions import Definition, Definitions, dotted
+from .definitions import Definition, Definitions
 from .gradients import differentiable
+from .names import dotted
 from .native import STUBS, Native
 from .sources import Sources
 

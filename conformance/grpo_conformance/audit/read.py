@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .calls import UNKNOWN, Call, Mention, Module, Reference, Scope
-from .names import PARTIAL, Env, Names, absolute, under
+from .names import PARTIAL, Env, Names, absolute, dotted, under
 
 FUNCTIONAL = ("torch.func.functional_call", "torch.nn.utils.stateless.functional_call")
 """What calls its first argument, a module, with the third."""
@@ -75,15 +75,6 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
 def _bind(found: dict[str, Any], target: ast.expr, value: ast.expr) -> None:
     if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
         found[target.id] = value.value
-
-
-def dotted(node: ast.expr) -> list[str]:
-    """["torch_npu", "npu", "synchronize"], or nothing for what is no chain of names."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
 
 
 class _Reader:
