@@ -23,7 +23,6 @@ from .mutant import Mutant
 from .run import HEALTHY_LEVELS, Alarm, Row, false_alarms, hunt
 from .table import MUTANTS
 
-DRAWS = 20
 WIDTH = 60
 
 

@@ -24,7 +24,7 @@ class CachePlan:
     latent: bool
     """Latents (MLA) instead of keys and values."""
     rows: int
-    """Sequences with recurrent states; 0 for a model without any."""
+    """Rows of recurrent states, that of a graph's padding among them; 0 for a model without any."""
     padding: int = 0
     """Tokens of the cache for rows that a device graph does not fill."""
 

@@ -134,7 +134,7 @@ class Ascend:
             raise PluginError(
                 "torch_npu cannot be loaded",
                 why=f"{why}; probe: {self.probe().reason}",
-                fix=f"{host.SET_ENV}; without CANN set TORCH_DEVICE_BACKEND_AUTOLOAD=0, so that torch loads",
+                fix=f"{host.SET_ENV}; `grpo doctor --device {self.name}` shows what is missing",
             ) from error
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,9 +83,10 @@ class PagedLayer:
     """One layer of a paged cache: two pools, [pages, page size, heads, dim]."""
 
     __slots__ = ("k_PSKD", "table", "v_PSKE")
+    kept_as = "reading"
+    """A pass has one `Reading` of this name for all layers."""
 
-    def __init__(self, table: Any) -> None:
-        """`table` is a `Pages`, for layers that write as this class does."""
+    def __init__(self, table: Pages) -> None:
         self.table = table
         self.hold([torch.empty(0), torch.empty(0)])
 
@@ -115,7 +115,7 @@ class PagedLayer:
                 room=pages * self.table.page_size,
             )
 
-        return shared(common, "reading", make)
+        return shared(common, self.kept_as, make)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of one page to another."""

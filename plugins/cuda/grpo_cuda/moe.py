@@ -14,9 +14,10 @@ from torch import Tensor
 
 from grpo_core.ops.reference.attention import accumulate
 from grpo_core.ops.reference.expert_parallel import inverse, plan_exchange
+from grpo_core.ops.reference.fused import swiglu
 from grpo_core.ops.reference.moe import SIGMOID_FLOOR, Sorted, check_sizes, select
 
-from .moe_products import Products, run_experts, swiglu, swiglu_backward
+from .moe_products import Products, run_experts, swiglu_backward
 
 Weigh = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 """`weighted`, or a kernel for it."""

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from .moe_products import Products, run_experts, swiglu, swiglu_backward
+from grpo_core.ops.reference.fused import swiglu
+
+from .moe_products import Products, run_experts, swiglu_backward
 
 
 def experts(

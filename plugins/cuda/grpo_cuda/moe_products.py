@@ -34,14 +34,8 @@ class Products(Generic[CountsT]):
     """(gate_up_RG, g_RF) -> the gradient of gate_up."""
 
 
-def swiglu(gate_up_RG: Tensor) -> Tensor:
-    """silu(gate) up in float32 or wider, rounded once."""
-    gate, up = gate_up_RG.to(accumulate(gate_up_RG.dtype)).chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up_RG.dtype)
-
-
 def swiglu_backward(gate_up_RG: Tensor, g_RF: Tensor) -> Tensor:
-    """The gradient of `swiglu`'s input."""
+    """The gradient of SwiGLU's input, in float32 or wider, rounded once."""
     wide = accumulate(gate_up_RG.dtype)
     gate, up = gate_up_RG.to(wide).chunk(2, -1)
     g = g_RF.to(wide)

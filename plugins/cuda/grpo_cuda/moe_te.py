@@ -17,9 +17,10 @@ from torch.func import functional_call
 from transformer_engine.pytorch import GroupedLinear, moe_permute, moe_unpermute
 
 from grpo_core.ops.reference.expert_parallel import Exchange, plan_exchange
+from grpo_core.ops.reference.fused import swiglu
 
 from .moe import require
-from .moe_products import swiglu, swiglu_backward
+from .moe_products import swiglu_backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
